@@ -1,0 +1,459 @@
+"""What a person sees in the terminal: progress bars, tables, the last screen. Talk goes to stderr, results to stdout.
+
+Makes no decision and computes no figure; imports rich only when something is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from edgekit.errors import DoesNotFit, EdgekitError
+from edgekit.units import Progress, show_bytes, show_count, silent
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from edgekit.diagnosis import Finding
+    from edgekit.host import Bandwidth, Host
+    from edgekit.inspection import Inspection
+    from edgekit.pipeline import Conversion
+    from edgekit.planning import Memory, Plan
+    from edgekit.recipe import Recipe
+    from edgekit.target import Target
+
+BYTES = ("download", "hash")
+"""Tasks whose totals are bytes; `quantize` counts weights, the others count steps."""
+
+
+def talk() -> Console:
+    """The console for messages."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def out() -> Console:
+    """The console for results. Piped, it is as wide as the text needs, so that nothing is cut."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else max(100, _columns()))
+
+
+def _columns() -> int:
+    text = os.environ.get("COLUMNS", "")
+    return int(text) if text.isdigit() else 0
+
+
+def show_error(error: EdgekitError) -> None:
+    """`error:` and, where there is one, `hint:` with the next command."""
+    from rich.text import Text
+
+    console = talk()
+    console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    if error.hint:
+        console.print(Text.assemble(("hint:  ", "bold cyan"), error.hint), soft_wrap=True)
+
+
+def show_warnings(warnings: Sequence[str]) -> None:
+    from rich.text import Text
+
+    for warning in warnings:
+        talk().print(Text.assemble(("note:  ", "bold yellow"), warning), soft_wrap=True)
+
+
+@contextmanager
+def progress_bars(*, quiet: bool = False) -> Iterator[Progress]:
+    """A Progress that draws one bar for each task on stderr, with what is done, speed and time left.
+
+    Not on a terminal, it prints one line when a task that took over a second ends.
+    """
+    if quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        with _bars() as progress:
+            yield progress
+    else:
+        yield _Lines()
+
+
+class _Lines:
+    """Progress for logs: a line for each finished task that was long enough to wonder about."""
+
+    def __init__(self) -> None:
+        self._started: dict[str, float] = {}
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        started = self._started.setdefault(task, now)
+        if done >= total and now - started > 1:
+            print(f"{task}: done in {now - started:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+            self._started[task] = now
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.fields[shown]}"),
+        TextColumn("[dim]{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]left"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=talk(), transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def progress(task: str, done: int, total: int) -> None:
+            if task not in known:
+                known[task] = bars.add_task(task, total=total, shown="")
+            bars.update(known[task], completed=done, total=total, shown=_amount(task, done, total))
+
+        yield progress
+
+
+def _amount(task: str, done: int, total: int) -> str:
+    if task.startswith(BYTES):
+        return f"{show_bytes(done)} of {show_bytes(total)}"
+    if task == "quantize":
+        return f"{show_count(done)} of {show_count(total)} weights"
+    return f"{done} of {total}"
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def plan_screen(plan: Plan, target: Target, name: str) -> RenderableType:
+    """Everything that was decided, for one target."""
+    rows = [("file", _file_line(plan)), ("formats", _formats_line(plan))]
+    rows += _memory_rows(plan, target) + [("speed", speed_line(plan))]
+    rows.append(("chosen", f"{plan.preset.name}: {plan.why}"))
+    if plan.fallbacks:
+        rows.append(("fallback", _fallback_line(plan)))
+    if plan.blueprint.ignored:
+        rows.append(("left out", f"{len(plan.blueprint.ignored)} tensors, first {plan.blueprint.ignored[0]}"))
+    rows.append(("next", f"[bold cyan]edgekit convert {_plain(name)} --target {plan.target} -q {plan.preset.name}"))
+    return _panel(rows, _plain(f"plan: {name} on {target.title}"))
+
+
+def _file_line(plan: Plan) -> str:
+    return (
+        f"[bold]{show_bytes(plan.file_bytes)}[/] [dim]({plan.file_bytes:,} bytes)[/], "
+        f"{show_count(plan.parameters)} parameters at {plan.bits_per_weight:.2f} bits per weight"
+    )
+
+
+def _formats_line(plan: Plan) -> str:
+    return ", ".join(f"{name} {show_bytes(n)}" for name, n in plan.bytes_by_format.items())
+
+
+def _fallback_line(plan: Plan) -> str:
+    pairs: dict[str, int] = {}
+    for t in plan.fallbacks:
+        key = f"{t.wanted} → {t.format.name}"
+        pairs[key] = pairs.get(key, 0) + 1
+    first = plan.fallbacks[0]
+    return f"[yellow]{', '.join(f'{n} × {k}' for k, n in pairs.items())}[/] (rows of {first.shape[-1]}: {first.name})"
+
+
+def _memory_rows(plan: Plan, target: Target) -> list[tuple[str, str]]:
+    memory = plan.memory
+    parts = f"weights {show_bytes(memory.weights)}"
+    if memory.twice:
+        parts += f" + output copy {show_bytes(memory.twice)}"
+    parts += f" + KV {plan.kv_type} {show_bytes(memory.kv)}"
+    parts += f" + buffers {show_bytes(memory.compute)} + runtime {show_bytes(memory.overhead)}"
+    rows = [("memory", f"[bold]{show_bytes(memory.total)}[/] at {plan.context} tokens of context")]
+    rows.append(("", f"[dim]{parts}"))
+    rows.append(("", f"{memory_bar(memory)} {_headroom(memory, target)}"))
+    rows.append(("", f"[dim]rule of thumb M = (P·4 B)/(32/Q)·1.2 says {show_bytes(plan.rule_of_thumb)}"))
+    if memory.kv:
+        kinds = ("f16", "q8_0", "q4_0")
+        rows.append(("KV cache", ", ".join(f"{kind} {show_bytes(plan.kv_bytes[kind])}" for kind in kinds)))
+    return rows
+
+
+def memory_bar(memory: Memory, width: int = 28) -> str:
+    """A bar of what is used of what is usable: green, yellow above 80 %, red when it does not fit."""
+    if not memory.usable:
+        return ""
+    share = memory.total / memory.usable
+    color = "red" if share > 1 else "yellow" if share > 0.8 else "green"
+    full = min(width, round(share * width))
+    return f"[{color}]{'━' * full}[/][dim]{'─' * (width - full)}[/]"
+
+
+def _headroom(memory: Memory, target: Target) -> str:
+    if memory.usable is None or memory.headroom is None:
+        return "[dim]the usable memory of this target is not known"
+    if memory.headroom < 0:
+        return f"[red]{show_bytes(-memory.headroom)} more than the {show_bytes(memory.usable)} that {target.name} can spare"
+    return f"{show_bytes(memory.headroom)} left of the {show_bytes(memory.usable)} that {target.name} can spare"
+
+
+def speed_line(plan: Plan) -> str:
+    """Forecast decode and prefill with their bands, called a forecast."""
+    f = plan.forecast
+    if f.decode_tok_s is None:
+        return f"[dim]no forecast: {f.basis}"
+    text = f"[bold]{rate(f.decode_tok_s)} tok/s[/] decode"
+    if f.prefill_tok_s:
+        text += f", {rate(f.prefill_tok_s)} tok/s prefill"
+    return f"{text} [dim](forecast ±{f.band_pct:.0f} %, {f.backend})"
+
+
+def rate(tok_s: float) -> str:
+    return f"{tok_s:.0f}" if tok_s >= 100 else f"{tok_s:.3g}"
+
+
+def all_targets_table(rows: Sequence[tuple[Target, Plan | DoesNotFit]], name: str) -> Table:
+    """One row for each device."""
+    from rich.table import Table
+
+    table = Table(title=f"{name} on every target", title_justify="left", header_style="bold")
+    for column in ("target", "device", "preset"):
+        table.add_column(column, no_wrap=True)
+    for column in ("file", "memory", "usable", "decode tok/s", "prefill tok/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for target, plan in rows:
+        if isinstance(plan, DoesNotFit):
+            usable = show_bytes(target.usable_bytes) if target.usable_bytes else "?"
+            table.add_row(target.name, target.title, "[red]does not fit", "", "", usable, "", "")
+            continue
+        f, fits = plan.forecast, plan.memory.fits
+        total = show_bytes(plan.memory.total)
+        table.add_row(
+            target.name,
+            target.title,
+            plan.preset.name,
+            show_bytes(plan.file_bytes),
+            total if fits else f"[red]{total}",
+            show_bytes(plan.memory.usable) if plan.memory.usable else "?",
+            rate(f.decode_tok_s) if f.decode_tok_s else "?",
+            rate(f.prefill_tok_s) if f.prefill_tok_s else "?",
+        )
+    return table
+
+
+# --- the last screen -------------------------------------------------------------------------------------------------
+
+
+def conversion_screen(done: Conversion) -> RenderableType:
+    """What was made, how big, what it needs, how fast, how good, and the next command."""
+    plan, target = done.plan, done.target
+    rows: list[tuple[str, str]] = []
+    if done.artifact:
+        rows.append(("made", f"[bold]{_plain(str(done.artifact.model))}"))
+    rows.append(("size", _file_line(plan)))
+    rows.append(("quant", f"{plan.preset.name} [dim]({plan.why})"))
+    rows += _memory_rows(plan, target)[:1]
+    if bar := memory_bar(plan.memory):
+        rows.append(("", f"{bar} {_headroom(plan.memory, target)}"))
+    rows.append(("speed", speed_line(plan)))
+    if plan.fallbacks:
+        rows.append(("fallback", _fallback_line(plan)))
+    if done.certificate and done.certificate.checks:
+        rows += [("proof" if i == 0 else "", f"[green]✓[/] {line}") for i, line in enumerate(_proof(done))]
+    elif done.artifact:
+        rows.append(("proof", "[yellow]not verified (--verify none)"))
+    rows += _next_rows(done)
+    return _panel(rows, _plain(f"{done.source.checkpoint.name} for {target.title}"))
+
+
+def _proof(done: Conversion) -> list[str]:
+    assert done.certificate
+    lines = [check.detail for check in done.certificate.checks]
+    against: Mapping[str, Any] = done.certificate.figures.get("against_source", {})
+    if against:
+        lines[-1] = (
+            f"KL divergence {against['kl_mean']:.5f} ± {against['kl_mean_stderr']:.5f}, the same top token "
+            f"{against['top1']:.2%} of the time, against the unquantised model"
+        )
+    return lines
+
+
+def _next_rows(done: Conversion) -> list[tuple[str, str]]:
+    if not done.artifact:
+        return [("next", "[bold cyan]the same without --dry-run makes it")]
+    name, place = done.source.checkpoint.name.lower(), _plain(str(done.out))
+    rows = [("next", f'[bold cyan]edgekit run {place} "Hello"')]
+    rows.append(("", f"[cyan]edgekit bench {place}"))
+    if (done.out / "Modelfile").is_file():
+        rows.append(("", f"[cyan]cd {place} && ollama create {name} -f Modelfile"))
+    return rows
+
+
+def _panel(rows: Sequence[tuple[str, str]], title: str) -> RenderableType:
+    from rich.box import ROUNDED
+    from rich.panel import Panel
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in rows:
+        grid.add_row(label, text)
+    return Panel(grid, title=f"[bold]{title}", title_align="left", box=ROUNDED, padding=(0, 1), expand=False)
+
+
+def tensor_table(plan: Plan) -> Table:
+    """Every tensor of a plan."""
+    rows = [(t.name, t.shape, t.format.name, t.nbytes, "" if t.wanted == t.format.name else t.wanted) for t in plan.tensors]
+    return _tensors(rows, "wanted")
+
+
+def _tensors(rows: Sequence[tuple[str, Sequence[int], str, int, str]], last: str) -> Table:
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    table.add_column("tensor", no_wrap=True)
+    for column in ("shape", "format", "bytes", last):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, shape, format_, nbytes, note in rows:
+        table.add_row(_plain(name), " × ".join(map(str, shape)), format_, f"{nbytes:,}", note)
+    return table
+
+
+# --- files, machines, targets ----------------------------------------------------------------------------------------
+
+
+def inspection_screen(found: Inspection, *, tensors: bool = False, checked: bool = False) -> RenderableType:
+    """Header, formats and metadata of a GGUF."""
+    from rich.console import Group
+
+    rows = [
+        ("file", f"[bold]{_plain(str(found.path))}"),
+        ("size", f"[bold]{show_bytes(found.nbytes)}[/] [dim]({found.nbytes:,} bytes)[/], GGUF version {found.file.version}"),
+        ("weights", f"{show_count(found.parameters)} at {found.bits_per_weight:.2f} bits per weight"),
+        ("preset", found.preset),
+    ]
+    parts = found.bytes_by_format.items()
+    rows.append(("formats", "\n".join(f"{k:<8} {n:>4} tensors  {show_bytes(b):>10}" for k, (n, b) in parts)))
+    if checked:
+        rows.append(("sealed", "[green]✓[/] every file of the manifest has its sha256"))
+    rows += [(_plain(key), _plain(_brief(value))) for key, value in found.metadata(longest=5).items()]
+    panel = _panel(rows, "inspect")
+    if not tensors:
+        return panel
+    listed = [(t.name, t.shape, t.type, t.nbytes, f"{t.offset:,}") for t in found.file.tensors.values()]
+    return Group(panel, _tensors(listed, "offset"))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['length']:,} values: {', '.join(map(repr, value['first']))}, …"
+    text = str(value)
+    return text if len(text) <= 300 else f"{text[:300]}… ({len(text):,} characters)"
+
+
+def diagnosis_screen(findings: Sequence[Finding]) -> RenderableType:
+    """One line for each finding, with the fix where something is wrong."""
+    rows = []
+    for item in findings:
+        mark = "[green]✓[/]" if item.ok else "[bold red]✗[/]"
+        fix = f"\n[cyan]{_plain(item.fix)}" if item.fix else ""
+        rows.append((item.name, f"{mark} {_plain(item.detail)}{fix}"))
+    return _panel(rows, "doctor")
+
+
+def targets_table(found: Sequence[Target]) -> Table:
+    """One row for each device."""
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    for column in ("target", "device"):
+        table.add_column(column, no_wrap=True)
+    for column in ("RAM GiB", "usable", "GB/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("backend", no_wrap=True)
+    table.add_column("fast formats")
+    for target in found:
+        row = target_row(target)
+        ram = " / ".join(f"{gib:g}" for gib in row["ram_gib"]) or "?"
+        usable = show_bytes(row["usable_bytes"]) if row["usable_bytes"] else "?"
+        bandwidth = f"{row['bandwidth_gb_s']:.0f}" if row["bandwidth_gb_s"] else "?"
+        table.add_row(row["name"], row["title"], ram, usable, bandwidth, row["backend"], ", ".join(row["fast"]))
+    return table
+
+
+def target_row(target: Target) -> dict[str, Any]:
+    """The short form of a target: sizes it is sold with, what a model may take, theoretical bandwidth."""
+    return {
+        "name": target.name,
+        "title": target.title,
+        "ram_gib": list(target.ram.gib) if target.ram else [],
+        "usable_bytes": target.usable_bytes,
+        "bandwidth_gb_s": target.bandwidth.value if target.bandwidth else None,
+        "backend": target.backend[0].name,
+        "fast": list(target.fast),
+    }
+
+
+def target_screen(target: Target) -> RenderableType:
+    """Every fact of a device with its source."""
+    rows = [("name", f"[bold]{_plain(target.name)}"), ("family", target.family)]
+    usable = show_bytes(target.usable_bytes) if target.usable_bytes else "unknown"
+    rows.append(("usable", f"{usable} for file, KV cache and buffers [dim]({_plain(target.usable_rule.source)})"))
+    rows.append(("context", f"{target.context} tokens by default"))
+    for path, fact in target.facts():
+        values = fact.model_dump(mode="json", exclude_none=True, exclude={"source", "date", "note"})
+        shown = ", ".join(f"{k} {_fact_value(v)}" for k, v in values.items() if v not in ([], "", {}))
+        date = f", read {fact.date}" if fact.date else ""
+        note = f"\n[dim]{_plain(fact.note)}" if fact.note else ""
+        rows.append((path, f"{_plain(shown)} [dim]({_plain(fact.source)}{date})[/]{note}"))
+    for label, values in (("fast", target.fast), ("slow", target.slow), ("flags", target.flags), ("notes", target.notes)):
+        if values:
+            separator = "\n" if label == "notes" else ", "
+            rows.append((label, _plain(separator.join(values))))
+    return _panel(rows, _plain(target.title))
+
+
+def _fact_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "–".join(map(str, value)) if all(isinstance(v, int | float) for v in value) else " ".join(map(str, value))
+    if isinstance(value, dict):
+        return " ".join(f"{k} {v:g}" for k, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def host_screen(found: Host, bandwidth: Bandwidth, matched: str | None) -> RenderableType:
+    """This machine as detected."""
+    cores = f"{found.physical_cores or '?'} physical, {found.logical_cores or '?'} logical"
+    rows = [
+        ("system", f"{found.os} on {found.machine}" + (f", {_plain(found.board)}" if found.board else "")),
+        ("CPU", _plain(found.cpu or "unknown")),
+        ("cores", cores + (f", {found.allowed_cores} allowed" if found.allowed_cores else "")),
+        ("features", ", ".join(found.isa) or "none that matter here"),
+        ("RAM", show_bytes(found.ram_bytes) if found.ram_bytes else "unknown"),
+        ("bandwidth", f"[bold]{bandwidth.gb_s:.1f} GB/s[/] [dim]({bandwidth.method}, {bandwidth.threads} threads)"),
+        ("target", f"[bold cyan]{matched}" if matched else "no shipped target: use [bold cyan]--target host"),
+    ]
+    return _panel(rows, "this machine")
+
+
+def recipes_table(found: Sequence[Recipe]) -> Table:
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    for column in ("recipe", "what it makes", "quant", "stages"):
+        table.add_column(column)
+    for recipe in found:
+        stages = ", ".join(stage.name for stage in recipe.stage) or "none"
+        table.add_row(recipe.name, _plain(recipe.title), recipe.export.quant, stages)
+    return table
+
+
+def _plain(text: str) -> str:
+    """Text from outside, so that its brackets are not taken for markup."""
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,168 @@
+"""Write a plan as one GGUF file: straight from the checkpoint, a slab of rows in memory at a time.
+
+Knows nothing about which format a tensor should have; the plan says so. Leaves no file behind when it fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.arch import Blueprint
+from edgekit.artifact import need_disk, readable_os_errors
+from edgekit.checkpoint import Checkpoint
+from edgekit.gguf_file import MetaValue
+from edgekit.planning import Plan, Planned
+from edgekit.quant import ggml
+from edgekit.units import Progress, silent
+from edgekit.vocab import Vocabulary
+
+Importance = Mapping[str, npt.NDArray[np.float32]]
+"""GGUF tensor name -> mean squares of its input columns, float32 (cols,) or, for stacked experts, (experts, cols)."""
+
+SLAB = 8 << 20
+"""Weights decoded at once: 32 MiB as float32, twice that while the next slab is read ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: the file, its size and its hash."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+
+
+class _Sink:
+    """A file that hashes what passes and knows where it is."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self.position = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.position += len(data)
+
+    def pad_to(self, position: int) -> None:
+        self.write(bytes(position - self.position))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def write(
+    plan: Plan,
+    path: Path,
+    *,
+    threads: int = 1,
+    importance: Importance | None = None,
+    progress: Progress = silent,
+) -> Written:
+    """Write `plan` to `path` and return its hash. Raises DoesNotFit (disk), CorruptCheckpoint, EdgekitError."""
+    need_disk(path.parent, plan.file_bytes)
+    try:
+        with readable_os_errors(path), path.open("wb") as file:
+            sink = _Sink(file)
+            _write_all(plan, sink, threads, importance or {}, progress)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return Written(path, sink.position, sink.hexdigest())
+
+
+def _write_all(plan: Plan, sink: _Sink, threads: int, importance: Importance, progress: Progress) -> None:
+    sink.write(plan.header.bytes)
+    total, done = sum(t.made.values for t in plan.tensors), 0
+    progress("quantize", 0, total)
+    # one reader thread decodes the next slab while all cores encode this one
+    with ThreadPoolExecutor(1) as reader:
+        for tensor, offset in zip(plan.tensors, plan.header.offsets, strict=True):
+            sink.pad_to(offset)
+            weights = importance.get(tensor.name)
+            row = 0
+            for slab in _read_ahead(reader, tensor.made.stream(SLAB)):
+                sink.write(encode_slab(tensor, slab, row, weights, threads))
+                row += slab.shape[0]
+                done += slab.size
+                progress("quantize", done, total)
+            assert sink.position == offset + tensor.nbytes, (tensor.name, sink.position, offset, tensor.nbytes)
+    sink.pad_to(plan.header.file_size)
+
+
+def encode_slab(
+    tensor: Planned,
+    slab: npt.NDArray[np.float32],
+    row: int,
+    importance: npt.NDArray[np.float32] | None,
+    threads: int,
+) -> memoryview:
+    """float32 (rows, cols), which starts at `row` of the tensor -> its bytes in the planned format."""
+    if importance is None or importance.ndim == 1:
+        return _encode(tensor, slab, importance, threads)
+    # stacked experts: rows of one expert share one vector
+    per_expert = tensor.made.values // tensor.shape[-1] // importance.shape[0]
+    parts, start = [], 0
+    while start < slab.shape[0]:
+        expert = (row + start) // per_expert
+        stop = min(slab.shape[0], (expert + 1) * per_expert - row)
+        parts.append(_encode(tensor, slab[start:stop], importance[expert], threads))
+        start = stop
+    return memoryview(b"".join(parts))
+
+
+def _encode(
+    tensor: Planned, slab: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None, threads: int
+) -> memoryview:
+    return ggml.encode(slab, tensor.format, importance, threads).reshape(-1).data
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, slabs: Iterator[npt.NDArray[np.float32]]
+) -> Iterator[npt.NDArray[np.float32]]:
+    """`slabs`, each asked for while the one before is being used."""
+    step = lambda: next(slabs, None)  # noqa: E731 - the reader needs a callable
+    pending = reader.submit(step)
+    while (slab := pending.result()) is not None:
+        pending = reader.submit(step)
+        yield slab
+
+
+def metadata(checkpoint: Checkpoint, blueprint: Blueprint, vocabulary: Vocabulary | None) -> dict[str, MetaValue]:
+    """Everything the file says except what the number format decides, in the order it is written.
+
+    A GGUF source keeps its own keys: its vocabulary and chat template pass through untouched.
+    """
+    general: dict[str, MetaValue] = {
+        "general.architecture": blueprint.arch,
+        "general.type": "model",
+        "general.name": checkpoint.name.replace("-", " ").replace("_", " "),
+        "general.basename": checkpoint.name,
+        "general.size_label": size_label(checkpoint.parameters),
+    }
+    licence = checkpoint.card.get("license")
+    if isinstance(licence, str) and licence:
+        general["general.license"] = licence
+    if checkpoint.gguf is not None:
+        kept = {k: v for k, v in checkpoint.gguf.metadata.items() if k.startswith(("general.", "tokenizer."))}
+        for decided_anew in ("general.file_type", "general.quantization_version", "general.alignment"):
+            kept.pop(decided_anew, None)
+        return {**general, **kept, **blueprint.metadata}
+    words = vocabulary.metadata() if vocabulary else {}
+    return {**general, **blueprint.metadata, **words}
+
+
+def size_label(parameters: int) -> str:
+    """The size in the GGUF naming convention: 134515008 -> `135M`, 1100048384 -> `1.1B`."""
+    for letter, unit in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= unit:
+            value = parameters / unit
+            return f"{value:.1f}{letter}".replace(".0", "") if value < 10 else f"{value:.0f}{letter}"
+    return str(parameters)

@@ -1,0 +1,288 @@
+"""The one pipeline: open, plan, run the stages, write, verify, seal. The only place that knows the order."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgekit import arch, artifact, verification
+from edgekit.arch import Blueprint
+from edgekit.artifact import Artifact
+from edgekit.checkpoint import Checkpoint, open_checkpoint
+from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
+from edgekit.export import gguf
+from edgekit.export.gguf import Written
+from edgekit.gguf_file import MetaValue
+from edgekit.planning import Plan, cpu_threads, require_fit
+from edgekit.planning import plan as decide
+from edgekit.quant import presets
+from edgekit.recipe import Recipe
+from edgekit.share import card, ollama
+from edgekit.target import Target
+from edgekit.units import Progress, silent
+from edgekit.verification import Certificate
+from edgekit.vocab import Vocabulary, read_vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may ask of `convert` and `plan` beside model and target. None = the recipe decides."""
+
+    recipe: str = "default"
+    quant: str | None = None
+    context: int | None = None
+    kv: str | None = None
+    prefer: str | None = None
+    verify: str | None = None
+    name: str | None = None
+    out: Path | None = None
+    strict: bool = False
+    force: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model opened and understood: headers, family, tokenizer, and the metadata that does not depend on the format."""
+
+    checkpoint: Checkpoint
+    blueprint: Blueprint
+    vocabulary: Vocabulary | None
+    metadata: Mapping[str, MetaValue]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did. `artifact` and `certificate` are None after a dry run."""
+
+    plan: Plan
+    source: Source
+    target: Target
+    out: Path
+    artifact: Artifact | None = None
+    certificate: Certificate | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def open_source(model: str | Path, *, progress: Progress = silent) -> Source:
+    """Open what the user named. Raises CorruptCheckpoint, UnsupportedModel, UnsupportedVocabulary, DownloadFailed."""
+    checkpoint = open_checkpoint(model, progress=progress)
+    blueprint = arch.blueprint(checkpoint)
+    vocabulary = None if checkpoint.kind == "gguf" else read_vocabulary(checkpoint.root, checkpoint.config)
+    return Source(checkpoint, blueprint, vocabulary, gguf.metadata(checkpoint, blueprint, vocabulary))
+
+
+def plan(model: str | Path, target: str = "host", options: Options = Options(), *, progress: Progress = silent) -> Plan:
+    """The plan that `convert` would follow, whether it fits or not (`auto` raises DoesNotFit when nothing does)."""
+    return plan_source(open_source(model, progress=progress), Target.load(target), options)
+
+
+def plan_source(source: Source, target: Target, options: Options = Options()) -> Plan:
+    """Plan an opened source for one target."""
+    export = Recipe.load(options.recipe).export
+    if export.format != "gguf":
+        raise UnsupportedModel(f"recipe {options.recipe} writes {export.format}", "edgekit recipes list")
+    return decide(
+        source.blueprint,
+        source.metadata,
+        target,
+        quant=options.quant or export.quant,
+        candidates=export.candidates or presets.LADDER,
+        context=options.context or export.ctx_size,
+        kv_type=options.kv or export.kv,
+        prefer=options.prefer or export.prefer,
+    )
+
+
+def plan_all(source: Source, options: Options = Options()) -> Iterable[tuple[Target, Plan | DoesNotFit]]:
+    """One plan for each shipped target, in name order; DoesNotFit where nothing fits."""
+    for name in Target.names():
+        target = Target.load(name)
+        try:
+            yield target, plan_source(source, target, options)
+        except DoesNotFit as e:
+            yield target, e
+
+
+def convert(
+    model: str | Path,
+    target: str = "host",
+    options: Options = Options(),
+    *,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Make the artefact for `target`. Every decision is made, and every refusal given, before a weight is read.
+
+    Raises DoesNotFit (exit 3), VerificationFailed (exit 4, nothing sealed) and the other EdgekitErrors (exit 1).
+    """
+    device = Target.load(target)
+    recipe = Recipe.load(options.recipe)
+    source = open_source(model, progress=progress)
+    decided = plan_source(source, device, options)
+    require_fit(decided, alternatives(source, device, options))
+    refuse_fallbacks(decided, strict=options.strict)
+    name = safe_name(options.name or source.checkpoint.name)
+    out = options.out or Path(f"{name}-{device.name}")
+    artifact.refuse_overwrite(out, force=options.force)
+    conversion = Conversion(decided, source, device, out, warnings=_warnings(source, decided))
+    if dry_run:
+        return conversion
+    level = options.verify or recipe.export.verify
+    return _make(conversion, f"{name}-{decided.preset.name}.gguf", recipe, level, options, progress)
+
+
+def _make(
+    conversion: Conversion, file_name: str, recipe: Recipe, level: str, options: Options, progress: Progress
+) -> Conversion:
+    decided, source, out = conversion.plan, conversion.source, conversion.out
+    threads = options.threads or cpu_threads()
+    with artifact.staging(out, force=options.force) as stage:
+        written = gguf.write(decided, stage / file_name, threads=threads, progress=progress)
+        certificate = verification.verify(
+            written.path, decided, source.checkpoint, source.vocabulary, level=level, threads=threads, progress=progress
+        )
+        for path, text in _companions(conversion, file_name, certificate).items():
+            (stage / path).write_text(text, encoding="utf-8")
+        artifact.seal(stage, _manifest(conversion, written, certificate, recipe), {file_name: written.sha256})
+    warnings = conversion.warnings + certificate.warnings
+    return replace(conversion, artifact=artifact.open_artifact(out), certificate=certificate, warnings=warnings)
+
+
+def _companions(conversion: Conversion, file_name: str, certificate: Certificate) -> dict[str, str]:
+    source, decided = conversion.source, conversion.plan
+    checks = {check.name: check.detail for check in certificate.checks}
+    texts = {"README.md": card.write(source.checkpoint, decided, conversion.target, file_name, checks)}
+    if decided.geometry.causal:
+        template = verification.chat_template(source.checkpoint, source.vocabulary)
+        texts["Modelfile"] = ollama.modelfile(file_name, template, decided.context)
+    return texts
+
+
+def alternatives(source: Source, device: Target, options: Options) -> Iterable[Plan]:
+    """The same with smaller presets, best first: what DoesNotFit proposes. Lazily, since it is rarely needed."""
+    for name in presets.LADDER:
+        if not presets.get(name).needs_importance:
+            yield plan_source(source, device, replace(options, quant=name))
+
+
+def refuse_fallbacks(decided: Plan, *, strict: bool) -> None:
+    """Under `--strict`, a tensor that could not take its format is an error that names it."""
+    if strict and decided.fallbacks:
+        first = decided.fallbacks[0]
+        raise EdgekitError(
+            f"{len(decided.fallbacks)} tensors cannot hold the format they should have: {first.name} has rows of "
+            f"{first.shape[-1]}, {first.wanted} would become {first.format.name}",
+            "choose a preset of 32-weight blocks (Q8_0, Q5_0, Q4_0, IQ4_NL), or leave --strict out",
+        )
+
+
+def safe_name(name: str) -> str:
+    """A file name out of a model name: what is not a letter, digit, dot, dash or underscore becomes a dash."""
+    clean = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip(".-")
+    if not clean:
+        raise EdgekitError(f"{name!r} cannot be a file name", "choose one with --name")
+    return clean[:120]
+
+
+def _warnings(source: Source, decided: Plan) -> tuple[str, ...]:
+    found = list(source.vocabulary.warnings if source.vocabulary else ())
+    if decided.fallbacks:
+        worst = decided.fallbacks[0]
+        found.append(
+            f"{len(decided.fallbacks)} of {len(decided.tensors)} tensors have rows that {worst.wanted} cannot hold "
+            f"({worst.name}: {worst.shape[-1]}) and take a larger format"
+        )
+    if decided.geometry.context and decided.context > decided.geometry.context:
+        found.append(f"a context of {decided.context} is more than the {decided.geometry.context} it was trained for")
+    return tuple(found)
+
+
+def _manifest(
+    conversion: Conversion, written: Written, certificate: Certificate, recipe: Recipe
+) -> Mapping[str, Any]:
+    source = conversion.source
+    return {
+        "model_file": written.path.name,
+        "format": "gguf",
+        "source": {
+            "ref": _public_ref(source.checkpoint),
+            "name": source.checkpoint.name,
+            "digest": source.checkpoint.digest,
+            "architecture": conversion.plan.arch,
+            "parameters": source.checkpoint.parameters,
+            "dtype": source.checkpoint.dtype,
+        },
+        "target": conversion.target.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": summary(conversion.plan, tensors=True),
+        "certificate": asdict(certificate),
+        "warnings": list(conversion.warnings),
+        "versions": versions(),
+        "instruction_set": platform.machine(),
+    }
+
+
+def _public_ref(checkpoint: Checkpoint) -> str:
+    """What the user typed; of a local path only the last part, so that a manifest does not tell who made it."""
+    return Path(checkpoint.ref).name if Path(checkpoint.ref).exists() else checkpoint.ref
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    for package in ("edgekit", "llama-cpp-python", "tokenizers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def summary(decided: Plan, *, tensors: bool = False) -> dict[str, Any]:
+    """A plan as plain values for JSON: bytes, tokens, tokens/s. `tensors` adds one row for each tensor."""
+    memory = decided.memory
+    found: dict[str, Any] = {
+        "target": decided.target,
+        "preset": decided.preset.name,
+        "why": decided.why,
+        "architecture": decided.arch,
+        "parameters": decided.parameters,
+        "file_bytes": decided.file_bytes,
+        "weight_bytes": decided.weight_bytes,
+        "bits_per_weight": round(decided.bits_per_weight, 4),
+        "bytes_by_format": decided.bytes_by_format,
+        "context": decided.context,
+        "kv_type": decided.kv_type,
+        "kv_bytes": dict(decided.kv_bytes),
+        "memory": asdict(memory) | {"total": memory.total, "headroom": memory.headroom, "fits": memory.fits},
+        "rule_of_thumb_bytes": decided.rule_of_thumb,
+        "forecast": asdict(decided.forecast),
+        "fallbacks": [
+            {"tensor": t.name, "wanted": t.wanted, "format": t.format.name, "row": t.shape[-1]}
+            for t in decided.fallbacks
+        ],
+        "ignored": list(decided.blueprint.ignored),
+    }
+    if tensors:
+        found["tensors"] = [
+            {"name": t.name, "shape": list(t.shape), "format": t.format.name, "bytes": t.nbytes} for t in decided.tensors
+        ]
+    return found
+
+
+def conversion_summary(done: Conversion) -> dict[str, Any]:
+    """What `convert --json` prints."""
+    return {
+        "out": str(done.out),
+        "model": str(done.artifact.model) if done.artifact else None,
+        "sha256": done.artifact.manifest["files"][done.artifact.model.name]["sha256"] if done.artifact else None,
+        "plan": summary(done.plan),
+        "certificate": asdict(done.certificate) if done.certificate else None,
+        "warnings": list(done.warnings),
+    }

@@ -1,0 +1,68 @@
+"""The model card (README.md) that travels with an artefact. Knows text only; every figure comes from plan and certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgekit.checkpoint import Checkpoint
+from edgekit.planning import Plan
+from edgekit.target import Target
+from edgekit.units import show_bytes, show_count
+
+
+def write(
+    checkpoint: Checkpoint,
+    decided: Plan,
+    target: Target,
+    file_name: str,
+    checks: Mapping[str, str],
+) -> str:
+    """Markdown with hub front matter. `checks`: name of a verification check -> what it saw."""
+    lines = [*_front_matter(checkpoint), "", f"# {checkpoint.name}, {decided.preset.name}, for {target.title}", ""]
+    lines += [
+        f"`{file_name}`: {show_bytes(decided.file_bytes)}, {show_count(decided.parameters)} parameters at "
+        f"{decided.bits_per_weight:.2f} bits per weight ({decided.preset.name}: {decided.why}).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| memory at {decided.context} tokens of context | {show_bytes(decided.memory.total)} |",
+        f"| speed on {target.title} | {_speed(decided)} |",
+    ]
+    lines += [f"| {name} | {detail} |" for name, detail in checks.items()]
+    lines += [
+        "",
+        "## Use",
+        "```",
+        f"edgekit run .                         # or: llama-cli -m {file_name}",
+    ]
+    if decided.geometry.causal:
+        lines.append(f"ollama create {checkpoint.name.lower()} -f Modelfile")
+    lines += ["```", "", "Everything that was decided and checked is in `edgekit.json`."]
+    return "\n".join(lines) + "\n"
+
+
+def _speed(decided: Plan) -> str:
+    speed = decided.forecast.decode_tok_s
+    return f"about {speed:.3g} tokens/s (forecast, ±{decided.forecast.band_pct:.0f} %)" if speed else "no forecast"
+
+
+def _front_matter(checkpoint: Checkpoint) -> list[str]:
+    fields: dict[str, Any] = {"library_name": "gguf", "tags": ["gguf", "edgekit"]}
+    for key in ("license", "license_name", "language", "base_model"):
+        if value := checkpoint.card.get(key):
+            fields[key] = value
+    lines = ["---"]
+    for key, value in fields.items():
+        if isinstance(value, list | tuple):
+            lines += [f"{key}:", *(f"- {_quoted(v)}" for v in value)]
+        else:
+            lines.append(f"{key}: {_quoted(value)}")
+    return [*lines, "---"]
+
+
+def _quoted(value: Any) -> str:
+    """A YAML scalar: quoted when it holds anything but plain name characters."""
+    text = str(value)
+    plain = text and all(c.isalnum() or c in "-_./" for c in text)
+    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'
