@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 _WARN, _ERROR, _CONT = 3, 4, 5  # ggml_log_level, ggml.h
-_PREFIX = re.compile(r"^(?:[\w:~<>]+: )?(?:error loading model: )?(?:error loading model \w+: )?")
+_PREFIX = re.compile(r"^(?:[\w:~<>]+: |error loading model: |error loading model \w+: )*")
 
 
 class Log:

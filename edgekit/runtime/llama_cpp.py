@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import EdgekitError, RuntimeFailed
+from edgekit.gguf_file import open_gguf
+from edgekit.host import detect
 from edgekit.runtime import Logits, Timings
-from edgekit.runtime._cores import usable_cores
 from edgekit.runtime._llama_library import attach_threadpool, free_threadpool, library, new_threadpool
 from edgekit.runtime._text import TextStream
 from edgekit.units import MIB
@@ -34,6 +35,7 @@ POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 """llama_pooling_type (llama.h)."""
 
 _OUTPUT_BUDGET = 64 * MIB
+_PENALTY_WINDOW = 64  # tokens looked back at; the default of llama.cpp's tools (common_params_sampling)
 _DECODE_ERRORS = {
     1: "the context is full",
     2: "the computation was aborted",
@@ -172,7 +174,7 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class ContextSettings:
     """How a context is made. `n_ctx` 0: what the model was trained with. `outputs`: most rows of logits from one batch,
-    0 = as many as fit in 64 MiB. `threads` None: the physical cores this process may use."""
+    0 = as many as fit in 64 MiB. `threads` None: the cores worth using that this process may have."""
 
     n_ctx: int
     threads: int | None = None
@@ -364,7 +366,7 @@ class LlamaSession:
         self.finish_reason = "length"
         if limit <= 0:
             return
-        sampler = sampling.build(self._api)
+        sampler = sampling.build(self._api, self.n_vocab, ids)
         try:
             self.finish_reason = ""
             self._feed(ids[self._reuse(ids) :])
@@ -509,12 +511,15 @@ class _Sampling:
     repeat_penalty: float
     seed: int
 
-    def build(self, api: Any) -> int:
-        """A `llama_sampler *` chain, in the order of llama.cpp's own tools. The caller frees it."""
+    def build(self, api: Any, n_vocab: int, prompt: Tokens) -> int:
+        """A `llama_sampler *` chain, in the order of llama.cpp's own tools, that has seen the end of `prompt`.
+
+        The caller frees it.
+        """
         chain: int = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         steps = []
         if self.repeat_penalty != 1.0:
-            steps.append(api.llama_sampler_init_penalties(64, self.repeat_penalty, 0.0, 0.0))
+            steps.append(api.llama_sampler_init_penalties(n_vocab, _PENALTY_WINDOW, self.repeat_penalty, 0.0, 0.0))
         if self.temperature <= 0:
             steps.append(api.llama_sampler_init_greedy())
         else:
@@ -527,6 +532,8 @@ class _Sampling:
             ]
         for step in steps:
             api.llama_sampler_chain_add(chain, step)
+        for token in prompt[-_PENALTY_WINDOW:].tolist():
+            api.llama_sampler_accept(chain, token)
         return chain
 
 
@@ -570,10 +577,12 @@ class _Batch:
 def open_model(path: str | Path, *, n_gpu_layers: int | None = None, mmap: bool = True) -> Model:
     """Load a GGUF (or the first of its shards). `n_gpu_layers` None: all, where the build can offload.
 
-    Raises RuntimeFailed with the engine's own reason.
+    Raises RuntimeFailed with the engine's own reason, CorruptCheckpoint for a damaged file: the engine ends the whole
+    process on some of those, so the header is checked before it sees them.
     """
     lib, path = library(), Path(path)
     _must_be_gguf(path)
+    open_gguf(path)
     params = lib.api.llama_model_default_params()
     params.n_gpu_layers = -1 if n_gpu_layers is None else n_gpu_layers
     params.load_mode = lib.api.LLAMA_LOAD_MODE_AUTO if mmap else lib.api.LLAMA_LOAD_MODE_NONE
@@ -666,7 +675,7 @@ def _named(table: Mapping[str, int], name: str, what: str) -> int:
 def _threads(wanted: int | None) -> int:
     if wanted is not None and not 1 <= wanted <= 512:  # GGML_MAX_N_THREADS, ggml.h
         raise EdgekitError(f"{wanted} threads", "between 1 and 512")
-    return wanted or usable_cores()
+    return wanted or detect().threads
 
 
 def _notes(model: Model, n_ctx: int) -> tuple[str, ...]:
