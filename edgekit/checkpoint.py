@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import CorruptCheckpoint, UnsupportedModel
+from edgekit import hub
+from edgekit.errors import CorruptCheckpoint, DownloadFailed, UnknownName, UnsupportedModel
 from edgekit.gguf_file import GgufFile, open_gguf
 from edgekit.safetensors_file import SafetensorsFile, open_safetensors
 from edgekit.units import Progress, silent
@@ -362,13 +363,15 @@ def open_checkpoint(ref: str | Path, *, revision: str | None = None, progress: P
     UnsupportedModel (pickles, adapters, weights quantised by others), DownloadFailed.
     """
     text, path = str(ref), Path(ref).expanduser()
+    if revision and path.exists():
+        raise UnknownName(f"{text} is on this machine and has no revision {revision!r}", "leave the revision out")
     if text == "demo" and not path.exists():
         return replace(_open_folder(_demo(), text), name="edgekit-demo")
     if path.is_dir():
         return _open_folder(path, text)
     if path.is_file():
         return _open_file(path, text)
-    raise CorruptCheckpoint(f"{text}: no such file or folder{_near(path)}")
+    return _open_hub(text, revision, progress)
 
 
 def _demo() -> Path:
@@ -379,13 +382,34 @@ def _demo() -> Path:
     raise CorruptCheckpoint("this installation has no demo model", "install edgekit from a wheel, or name a model")
 
 
+def _open_hub(ref: str, revision: str | None, progress: Progress) -> Checkpoint:
+    named = None if Path(ref).is_absolute() else hub.parse_id(ref)
+    near = _near(Path(ref).expanduser())
+    if not named:
+        raise UnknownName(f"no file or folder {ref}, and it is not a hub id like org/name[@revision]", near)
+    try:
+        root = hub.download(named[0], revision or named[1], progress=progress, check=_refuse_early)
+    except DownloadFailed as e:
+        raise DownloadFailed(str(e), "; ".join(filter(None, (near, e.hint)))) from None
+    return _open_folder(root, ref)
+
+
 def _near(path: Path) -> str:
+    """A hint at a local file or folder of nearly that name."""
     try:
         names = [p.name for p in path.absolute().parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+    return f"did you mean the local {str(path.with_name(close[0]))!r}?" if close else ""
+
+
+def _refuse_early(root: Path) -> None:
+    """What can be refused from the small files alone, before gigabytes are fetched."""
+    names = {p.name for p in root.iterdir()}
+    _refuse_adapter(root, names)
+    _refuse_configless(root, names)
+    _declared_float8(root, _read_json(root, "config.json"), _read_card(root))
 
 
 def _open_file(path: Path, ref: str) -> Checkpoint:
@@ -434,27 +458,36 @@ def _open_folder(root: Path, ref: str) -> Checkpoint:
 def _refuse_folder(root: Path) -> None:
     """UnsupportedModel for folders that hold something else than a model in safetensors."""
     names = {p.name for p in root.iterdir()}
-    weights = {n for n in names if n.endswith(".safetensors")}
-    if "adapter_config.json" in names and not weights - {"adapter_model.safetensors"}:
-        base = _read_json(root, "adapter_config.json").get("base_model_name_or_path") or "BASE_MODEL"
-        raise UnsupportedModel(
-            f"{root} is a LoRA adapter, not a model", f"convert its base with it: edgekit convert {base} --lora {root}"
-        )
-    ggufs = sorted(n for n in names if n.endswith(".gguf"))
+    _refuse_adapter(root, names)
+    weights = [n for n in names if n.endswith(".safetensors")]
     pickles = sorted(n for n in names if n.endswith(_PICKLES) and n != "training_args.bin")
-    if not weights and pickles:
+    ggufs = sorted(n for n in names if n.endswith(".gguf"))
+    if pickles and not weights:
         raise UnsupportedModel(
             f"{root} has only pickles ({pickles[0]}), which can run any code when they are opened", _TO_SAFETENSORS
         )
-    if not weights and ggufs:
+    if ggufs and not weights:
         raise UnsupportedModel(
             f"{root} holds GGUF files, not a Hugging Face model", f"name the file: {root / ggufs[0]}"
         )
-    if "config.json" not in names:
-        hint = "a model folder as transformers saves it has config.json, tokenizer files and *.safetensors"
-        if "params.json" in names:
-            hint = "Mistral's own layout: take the repository's files in the transformers layout"
-        raise UnsupportedModel(f"{root} has no config.json", hint)
+    _refuse_configless(root, names)
+
+
+def _refuse_adapter(root: Path, names: set[str]) -> None:
+    if "adapter_config.json" not in names or "config.json" in names or "model.safetensors" in names:
+        return
+    base = _read_json(root, "adapter_config.json").get("base_model_name_or_path") or "BASE_MODEL"
+    hint = f"convert its base with it: edgekit convert {base} --lora {root}"
+    raise UnsupportedModel(f"{root} is a LoRA adapter, not a model", hint)
+
+
+def _refuse_configless(root: Path, names: set[str]) -> None:
+    if "config.json" in names:
+        return
+    hint = "a model folder as transformers saves it has config.json, tokenizer files and *.safetensors"
+    if "params.json" in names:
+        hint = "Mistral's own layout: take the repository's files in the transformers layout"
+    raise UnsupportedModel(f"{root} has no config.json", hint)
 
 
 def _weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -491,10 +524,14 @@ def _inside(root: Path, name: str) -> Path:
         raise CorruptCheckpoint(f"{root}: {name!r} points outside the folder")
     if not path.exists():
         raise CorruptCheckpoint(f"{root}: {name} is missing", "fetch it again; a download was perhaps cut short")
-    real = path.resolve()
-    blob = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-    if not blob and not real.is_relative_to(root.resolve()):
-        raise CorruptCheckpoint(f"{path} is a link that leads outside the folder, to {real}", "copy the file itself")
+    # one step only: the hub library itself may link a blob on, into a store that its repositories share
+    step = Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
+    if step.parent.name == "blobs" and step.parent.parent.name.startswith("models--"):
+        return path
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise CorruptCheckpoint(
+            f"{path} is a link that leads outside the folder, to {path.resolve()}", "copy the file itself"
+        )
     return path
 
 
