@@ -350,7 +350,7 @@ SMALL_FILES = (
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TO_SAFETENSORS = (
-    'where torch is and the file is trusted: python -c "import glob, torch, safetensors.torch as s; w = {k: v.clone() '
+    'where torch is and the file is trusted: python -c "import glob, torch, safetensors.torch as s; w = {k: v.contiguous().clone() '
     "for f in sorted(glob.glob('*.bin') + glob.glob('*.pt*')) for k, v in torch.load(f, map_location='cpu', "
     "weights_only=True).items()}; s.save_file(w, 'model.safetensors')\""
 )
@@ -363,15 +363,22 @@ def open_checkpoint(ref: str | Path, *, revision: str | None = None, progress: P
     UnsupportedModel (pickles, adapters, weights quantised by others), DownloadFailed.
     """
     text, path = str(ref), Path(ref).expanduser()
-    if revision and path.exists():
+    here = _exists(path)
+    if revision and here:
         raise UnknownName(f"{text} is on this machine and has no revision {revision!r}", "leave the revision out")
-    if text == "demo" and not path.exists():
+    if text == "demo" and not here:
         return replace(_open_folder(_demo(), text), name="edgekit-demo")
-    if path.is_dir():
-        return _open_folder(path, text)
-    if path.is_file():
-        return _open_file(path, text)
-    return _open_hub(text, revision, progress)
+    if not here:
+        return _open_hub(text, revision, progress)
+    return _open_folder(path, text) if path.is_dir() else _open_file(path, text)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (OSError, ValueError):  # a name too long, a zero in it: not a file either
+        return False
+    return True
 
 
 def _demo() -> Path:
@@ -387,8 +394,14 @@ def _open_hub(ref: str, revision: str | None, progress: Progress) -> Checkpoint:
     near = _near(Path(ref).expanduser())
     if not named:
         raise UnknownName(f"no file or folder {ref}, and it is not a hub id like org/name[@revision]", near)
+    repo = named[0]
+
+    def refuse_early(root: Path, names: set[str]) -> None:
+        _refuse_other(root, names, repo)
+        _declared_float8(root, _read_json(root, "config.json"), _read_card(root), repo)
+
     try:
-        root = hub.download(named[0], revision or named[1], progress=progress, check=_refuse_early)
+        root = hub.download(repo, revision or named[1], progress=progress, check=refuse_early)
     except DownloadFailed as e:
         raise DownloadFailed(str(e), "; ".join(filter(None, (near, e.hint)))) from None
     return _open_folder(root, ref)
@@ -402,14 +415,6 @@ def _near(path: Path) -> str:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean the local {str(path.with_name(close[0]))!r}?" if close else ""
-
-
-def _refuse_early(root: Path) -> None:
-    """What can be refused from the small files alone, before gigabytes are fetched."""
-    names = {p.name for p in root.iterdir()}
-    _refuse_adapter(root, names)
-    _refuse_configless(root, names)
-    _declared_float8(root, _read_json(root, "config.json"), _read_card(root))
 
 
 def _open_file(path: Path, ref: str) -> Checkpoint:
@@ -429,12 +434,16 @@ def _open_file(path: Path, ref: str) -> Checkpoint:
 
 
 def _open_folder(root: Path, ref: str) -> Checkpoint:
-    _refuse_folder(root)
+    try:
+        names = {p.name for p in root.iterdir()}
+    except OSError as e:
+        raise CorruptCheckpoint(f"cannot read {root}: {e.strerror}") from None
+    _refuse_other(root, names, str(root))
     card = _read_card(root)
     config = _read_json(root, "config.json")
-    declared = _declared_float8(root, config, card)
-    names, weight_map = _weight_files(root)
-    opened = [open_safetensors(_inside(root, name)) for name in names]
+    declared = _declared_float8(root, config, card, str(root))
+    weight_files, weight_map = _weight_files(root)
+    opened = [open_safetensors(_inside(root, name)) for name in weight_files]
     found = _fold_scales(_collect(opened, weight_map), declared)
     if not found:
         raise CorruptCheckpoint(f"{root}: the safetensors files hold no tensor")
@@ -455,39 +464,29 @@ def _open_folder(root: Path, ref: str) -> Checkpoint:
     )
 
 
-def _refuse_folder(root: Path) -> None:
-    """UnsupportedModel for folders that hold something else than a model in safetensors."""
-    names = {p.name for p in root.iterdir()}
-    _refuse_adapter(root, names)
-    weights = [n for n in names if n.endswith(".safetensors")]
+def _refuse_other(root: Path, names: set[str], where: str) -> None:
+    """UnsupportedModel for a folder or repository, `names` in it, that is not a model in safetensors."""
+    weights = {n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_")}
     pickles = sorted(n for n in names if n.endswith(_PICKLES) and n != "training_args.bin")
     ggufs = sorted(n for n in names if n.endswith(".gguf"))
+    if "adapter_config.json" in names and not weights:
+        base = _read_json(root, "adapter_config.json").get("base_model_name_or_path") or "BASE_MODEL"
+        hint = f"convert its base with it: edgekit convert {base} --lora {where}"
+        raise UnsupportedModel(f"{where} is a LoRA adapter, not a model", hint)
     if pickles and not weights:
+        made = f"the hub offers safetensors of many models as a pull request: try {where}@refs/pr/1; or "
         raise UnsupportedModel(
-            f"{root} has only pickles ({pickles[0]}), which can run any code when they are opened", _TO_SAFETENSORS
+            f"{where} has only pickles ({pickles[0]}), which can run any code when they are opened",
+            (made if _is_snapshot(root) else "") + _TO_SAFETENSORS,
         )
     if ggufs and not weights:
-        raise UnsupportedModel(
-            f"{root} holds GGUF files, not a Hugging Face model", f"name the file: {root / ggufs[0]}"
-        )
-    _refuse_configless(root, names)
-
-
-def _refuse_adapter(root: Path, names: set[str]) -> None:
-    if "adapter_config.json" not in names or "config.json" in names or "model.safetensors" in names:
-        return
-    base = _read_json(root, "adapter_config.json").get("base_model_name_or_path") or "BASE_MODEL"
-    hint = f"convert its base with it: edgekit convert {base} --lora {root}"
-    raise UnsupportedModel(f"{root} is a LoRA adapter, not a model", hint)
-
-
-def _refuse_configless(root: Path, names: set[str]) -> None:
-    if "config.json" in names:
-        return
-    hint = "a model folder as transformers saves it has config.json, tokenizer files and *.safetensors"
-    if "params.json" in names:
-        hint = "Mistral's own layout: take the repository's files in the transformers layout"
-    raise UnsupportedModel(f"{root} has no config.json", hint)
+        hint = f"download one and name the file, such as {ggufs[0]}"
+        raise UnsupportedModel(f"{where} holds GGUF files, not a Hugging Face model", hint)
+    if "config.json" not in names:
+        hint = "a model folder as transformers saves it has config.json, tokenizer files and *.safetensors"
+        if "params.json" in names:
+            hint = "Mistral's own layout: take the repository's files in the transformers layout"
+        raise UnsupportedModel(f"{where} has no config.json", hint)
 
 
 def _weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -600,7 +599,7 @@ _KNOWN_METHODS = {
 }
 
 
-def _declared_float8(root: Path, config: Mapping[str, Any], card: Mapping[str, Any]) -> _Float8 | None:
+def _declared_float8(root: Path, config: Mapping[str, Any], card: Mapping[str, Any], where: str) -> _Float8 | None:
     """What the config says of FP8; UnsupportedModel for every other kind of quantised weights."""
     settings = _quantisation(root, config)
     if not settings:
@@ -616,7 +615,7 @@ def _declared_float8(root: Path, config: Mapping[str, Any], card: Mapping[str, A
             return _Float8(_block(schemes[0].get("block_structure")))
     if method == "modelopt" and settings.get("quant_algo") == "FP8":
         return _Float8(None)
-    raise _quantised(root, _what(method, settings), card)
+    raise _quantised(where, _what(method, settings), card)
 
 
 def _quantisation(root: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -649,7 +648,7 @@ def _what(method: str, settings: Mapping[str, Any]) -> str:
     return f"{_KNOWN_METHODS.get(method, method)}{f' ({detail})' if detail else ''}"
 
 
-def _quantised(where: Path, what: str, card: Mapping[str, Any]) -> UnsupportedModel:
+def _quantised(where: str, what: str, card: Mapping[str, Any]) -> UnsupportedModel:
     base = card.get("base_model")
     original = base[0] if isinstance(base, list) and base else base
     hint = f"edgekit convert {original}" if original else "convert the 16-bit checkpoint that it was made from"
@@ -666,7 +665,7 @@ def _open_gguf(path: Path, ref: str) -> Checkpoint:
         stat = part.path.stat()
         for info in part.tensors.values():
             if info.type not in _GGUF_DTYPES:
-                raise _quantised(part.path, f"tensor {info.name} is {info.type}", {})
+                raise _quantised(str(part.path), f"tensor {info.name} is {info.type}", {})
             if info.name in tensors:
                 raise CorruptCheckpoint(f"{part.path}: tensor {info.name} is also in {tensors[info.name].file.name}")
             stamp = (stat.st_size, stat.st_mtime_ns)
@@ -753,6 +752,7 @@ def _gguf_card(file: GgufFile) -> dict[str, Any]:
 
 
 def _is_snapshot(root: Path) -> bool:
+    root = root.absolute()
     return root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--")
 
 

@@ -26,6 +26,9 @@ _SMALL = re.compile(
     r"|[\w.-]+\.model|merges\.txt|README\.md"
 )
 _SHARD = re.compile(r"[\w.-]+-\d{5}-of-\d{5}\.safetensors")
+Check = Callable[[Path, set[str]], None]
+"""Called with the folder in the cache and the names of all files at the top of the repository."""
+
 _INDEX = "model.safetensors.index.json"
 
 
@@ -42,21 +45,20 @@ def download(
     revision: str | None = None,
     *,
     progress: Progress = silent,
-    check: Callable[[Path], None] | None = None,
+    check: Check | None = None,
 ) -> Path:
     """The folder of `repo` in the cache, with every file that a conversion needs.
 
-    Small files come first; `check` then sees the folder and may refuse it before the weights are fetched. A dropped
-    connection is resumed where it broke, and files that are complete are never fetched again. Without a network, or
-    with HF_HUB_OFFLINE, the cached folder is taken. HF_ENDPOINT, HF_TOKEN and HF_HOME mean what they mean to the hub
+    Small files come first; `check` may then refuse the model before its weights are fetched. A dropped connection is
+    resumed where it broke; files that are complete are never fetched again. Without a network, or with
+    HF_HUB_OFFLINE, the cached folder is taken. HF_ENDPOINT, HF_TOKEN and HF_HOME mean what they mean to the hub
     library. Raises DownloadFailed, and UnsupportedModel where there are no safetensors.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    network_error = HfHubHTTPError.__mro__[
-        1
-    ]  # httpx's own HTTPError; its module changes with the hub library's version
+    # httpx's own HTTPError: which module that lies in changes with the hub library's version
+    network_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
@@ -70,16 +72,14 @@ def download(
         raise _failure(repo, revision, e) from None
 
 
-def _fetch(
-    repo: str, commit: str, sizes: dict[str, int], progress: Progress, check: Callable[[Path], None] | None
-) -> Path:
+def _fetch(repo: str, commit: str, sizes: dict[str, int], progress: Progress, check: Check | None) -> Path:
     small = sorted(name for name in sizes if _SMALL.fullmatch(name))
     bytes_ = _Bytes(f"download {repo}", progress, sizes)
     root = _fetch_files(repo, commit, small, bytes_)
     if root is None:
         raise UnsupportedModel(f"{repo} holds no model: no config.json among {len(sizes)} files")
     if check:
-        check(root)
+        check(root, {n for n in sizes if "/" not in n})
     weights = _weights(repo, commit, sizes, bytes_)
     bytes_.expect(small + weights)
     _fetch_files(repo, commit, weights, bytes_)
@@ -105,7 +105,7 @@ def _weights(repo: str, commit: str, sizes: dict[str, int], bytes_: _Bytes) -> l
     if "model.safetensors" in found:
         return ["model.safetensors"]
     if not found:
-        raise _no_safetensors(repo, sizes)
+        raise UnsupportedModel(f"{repo} has no *.safetensors file", "name a repository with the model's weights")
     if _INDEX not in sizes:
         return [n for n in found if _SHARD.fullmatch(n)] or found
     root = _fetch_files(repo, commit, [_INDEX], bytes_)
@@ -117,20 +117,6 @@ def _weights(repo: str, commit: str, sizes: dict[str, int], bytes_: _Bytes) -> l
     if missing := sorted(map(str, shards - set(found))):
         raise CorruptCheckpoint(f"{repo}: the index names {missing[0]}, which the repository does not have")
     return [_INDEX, *sorted(shards)]
-
-
-def _no_safetensors(repo: str, sizes: dict[str, int]) -> UnsupportedModel:
-    if any(n.endswith(".gguf") for n in sizes):
-        return UnsupportedModel(
-            f"{repo} holds GGUF files, not a Hugging Face model",
-            "convert the model that they were made from (the repository's page names it)",
-        )
-    if pickles := sorted(n for n in sizes if n.endswith((".bin", ".pt", ".pth", ".ckpt"))):
-        return UnsupportedModel(
-            f"{repo} has only pickles ({pickles[0]}), which can run any code when they are opened",
-            f"the hub offers safetensors of many such models as a pull request: try {repo}@refs/pr/1",
-        )
-    return UnsupportedModel(f"{repo} has no *.safetensors file", "name a repository with the model's weights")
 
 
 class _Bytes:
