@@ -1,107 +1,76 @@
 """What a model family calls its tensors, what each is for, and how each *output* tensor is made. One file a family.
 
 Knows names, shapes, metadata and KV geometry; knows no number format and reads no weight before it is asked to.
+A family is the module called like config.json's `model_type`; it holds one `FAMILY`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum, auto
-from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+from edgekit import shelf
+from edgekit.arch._names import file_order, role_of
+from edgekit.arch._types import Array, Blueprint, Config, Geometry, LayerGeometry, Made, Role
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import UnsupportedModel
 
-from edgekit.checkpoint import Checkpoint, TensorRef
-from edgekit.gguf_file import MetaValue
+if TYPE_CHECKING:
+    from edgekit.arch._family import Family
 
-Array = npt.NDArray[np.float32]
-Config = Mapping[str, Any]
+__all__ = [
+    "Array",
+    "Blueprint",
+    "Config",
+    "Geometry",
+    "LayerGeometry",
+    "Made",
+    "Role",
+    "blueprint",
+    "file_order",
+    "find",
+    "roles_of_name",
+]
 
-
-class Role(StrEnum):
-    """What a tensor is for. Presets, allocation and pruning speak of roles, never of names."""
-
-    EMBED = auto()
-    OUTPUT = auto()
-    POSITION = auto()
-    TOKEN_TYPE = auto()
-    NORM = auto()
-    BIAS = auto()
-    ROUTER = auto()
-    ROPE = auto()
-    ATTN_Q = auto()
-    ATTN_K = auto()
-    ATTN_V = auto()
-    ATTN_QKV = auto()
-    ATTN_O = auto()
-    FFN_UP = auto()
-    FFN_GATE = auto()
-    FFN_DOWN = auto()
-    OTHER = auto()
+roles_of_name = role_of
 
 
-@dataclass(frozen=True, slots=True)
-class LayerGeometry:
-    """KV cache of one layer: `kv_heads` heads of `key`/`value` widths; `window` tokens are kept, None = all."""
-
-    kv_heads: int
-    key: int
-    value: int
-    window: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What planning needs to know of a model beside its tensors."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    context: int
-    layers: tuple[LayerGeometry, ...]
-    experts: int = 0
-    experts_used: int = 0
-    causal: bool = True
-    parallel_residual: bool = False
+def find(checkpoint: Checkpoint) -> Family:
+    """The family of a safetensors checkpoint, by `model_type` and `architectures`. Raises UnsupportedModel."""
+    kind, classes = checkpoint.config.get("model_type"), checkpoint.config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise UnsupportedModel(f"config.json: architectures is {classes!r}, expected a list of names")
+    families = shelf.names(__name__)
+    if kind is None and classes:
+        kind = next((name for name in families if _offered(name).architectures[0] == classes[0]), None)
+    if not isinstance(kind, str) or kind not in families:
+        raise _unknown("model family", kind if isinstance(kind, str) else " ".join(classes) or "?", families)
+    family = _offered(kind)
+    if classes and not set(classes) & set(family.architectures):
+        raise _unknown(f"{kind} model class", classes[0], family.architectures)
+    return family
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """One tensor of the result, before a format has been chosen for it.
+def blueprint(checkpoint: Checkpoint) -> Blueprint:
+    """The checkpoint seen through its family, or a GGUF's own view of itself.
 
-    `shape` is in numpy order (rows first; ggml's `ne` reversed). `stream(max_values)` yields float32 C-contiguous
-    2-D slabs (rows, shape[-1]) in order, each of at most about `max_values` values where the way it is made allows;
-    stacked they are the whole tensor. 1-D tensors come as one slab of one row. `keep_f32`: the converter convention
-    stores it as float32 whatever preset is chosen (norms, biases, routers, position tables).
+    Reads headers and config only (a tied output matrix that is stored all the same is compared with the embedding).
+    Raises UnsupportedModel for anything that no table describes, CorruptCheckpoint where files contradict each other.
     """
+    if checkpoint.kind == "gguf":
+        from edgekit.arch._gguf import passed_through
 
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    sources: tuple[TensorRef, ...]
-    stream: Callable[[int], Iterator[Array]] = field(repr=False, compare=False)
-    keep_f32: bool = False
+        return passed_through(checkpoint)
+    from edgekit.arch._family import build
 
-    @property
-    def values(self) -> int:
-        return prod(self.shape)
-
-    def load(self) -> Array:
-        """The whole tensor, float32, `shape`."""
-        return np.concatenate(list(self.stream(self.values))).reshape(self.shape)
+    return build(find(checkpoint), checkpoint)
 
 
-@dataclass(frozen=True, slots=True)
-class Blueprint:
-    """A checkpoint seen through its family: what the GGUF will hold, in file order."""
+def _offered(name: str) -> Family:
+    family: Family = shelf.take(__name__, name).FAMILY
+    return family
 
-    arch: str
-    tensors: tuple[Made, ...]
-    metadata: Mapping[str, MetaValue]
-    geometry: Geometry
-    ignored: tuple[str, ...] = ()
+
+def _unknown(what: str, name: str, known: list[str] | tuple[str, ...]) -> UnsupportedModel:
+    error = shelf.unknown(what, name, known)
+    known_ones = f"known: {', '.join(sorted(known))}"
+    return UnsupportedModel(str(error), error.hint if known_ones in error.hint else f"{error.hint}; {known_ones}")
