@@ -43,6 +43,7 @@ class Verify(StrEnum):
 class Prefer(StrEnum):
     quality = "quality"
     speed = "speed"
+    size = "size"
 
 
 Model = Annotated[str, typer.Argument(help="Hub id (org/name[@revision]), folder, F16/BF16/F32 .gguf, or `demo`.")]

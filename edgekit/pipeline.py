@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import arch, artifact, verification
-from edgekit.arch import Blueprint
+from edgekit.arch import Blueprint, Role
 from edgekit.artifact import Artifact
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
@@ -73,7 +73,10 @@ def open_source(model: str | Path, *, progress: Progress = silent) -> Source:
     """Open what the user named. Raises CorruptCheckpoint, UnsupportedModel, UnsupportedVocabulary, DownloadFailed."""
     checkpoint = open_checkpoint(model, progress=progress)
     blueprint = arch.blueprint(checkpoint)
-    vocabulary = None if checkpoint.kind == "gguf" else read_vocabulary(checkpoint.root, checkpoint.config)
+    rows = next((t.shape[0] for t in blueprint.tensors if t.role is Role.EMBED), None)
+    vocabulary = None
+    if checkpoint.kind != "gguf":
+        vocabulary = read_vocabulary(checkpoint.root, checkpoint.config, rows=rows)
     return Source(checkpoint, blueprint, vocabulary, gguf.metadata(checkpoint, blueprint, vocabulary))
 
 

@@ -243,6 +243,8 @@ def _best(plans: Sequence[Plan], target: Target, prefer: str) -> Plan:
     if not fitting:
         smallest = min(plans, key=lambda p: p.memory.total)
         require_fit(smallest)
+    if prefer == "size":
+        return _because(min(fitting, key=lambda p: p.file_bytes), "the smallest of the candidates")
     quick = [p for p in fitting if target.prefers(p.preset.name) != "slow"] or fitting
     # tensors that fall back cost bytes and gain nothing over the preset that they fall back to
     whole = [p for p in quick if not _mostly_fallback(p)] or quick
