@@ -350,9 +350,9 @@ SMALL_FILES = (
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TO_SAFETENSORS = (
-    'where torch is and the file is trusted: python -c "import glob, torch, safetensors.torch as s; w = {k: v.contiguous().clone() '
-    "for f in sorted(glob.glob('*.bin') + glob.glob('*.pt*')) for k, v in torch.load(f, map_location='cpu', "
-    "weights_only=True).items()}; s.save_file(w, 'model.safetensors')\""
+    'where torch is and the file is trusted: python -c "import glob, torch, safetensors.torch as s; '
+    "w = {k: v.contiguous().clone() for f in sorted(glob.glob('*.bin') + glob.glob('*.pt*')) "
+    "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; s.save_file(w, 'model.safetensors')\""
 )
 
 
