@@ -32,6 +32,15 @@ FROM_MEMORY = "vendor specification, from memory, not verified"
 _OPTION = re.compile(r"(?P<base>.+?)[@-](?P<gib>[0-9]+(?:\.[0-9]+)?)(?:gb|gib)", re.IGNORECASE)
 
 
+Span = Number | tuple[Number, Number]
+"""A published number, or a published range from low to high."""
+
+
+def middle(value: Span) -> float:
+    """The number, or the middle of the range."""
+    return sum(value) / 2 if isinstance(value, tuple) else value
+
+
 class Fact(Strict):
     """A claim about a device. `source` says who makes it, `date` when that was read."""
 
@@ -74,16 +83,15 @@ class Usable(Fact):
 
 
 class Rate(Fact):
-    """Memory traffic, GB/s (1e9 bytes). Two numbers are a published range. `method` says how it was measured."""
+    """Memory traffic, GB/s (1e9 bytes). `method` says how it was measured, `rows` how many runs stand behind it."""
 
-    gb_s: Number | tuple[Number, Number]
+    gb_s: Span
     method: str = ""
     rows: Count | None = None
 
     @property
     def value(self) -> float:
-        """The number, or the middle of the range."""
-        return sum(self.gb_s) / 2 if isinstance(self.gb_s, tuple) else self.gb_s
+        return middle(self.gb_s)
 
 
 class Cpu(Fact):
@@ -92,7 +100,7 @@ class Cpu(Fact):
     model: str = ""
     big: Count | None = None
     little: Annotated[int, Field(ge=0)] | None = None
-    ghz: Number | tuple[Number, Number] | None = None
+    ghz: Span | None = None
 
     @property
     def clock_ghz(self) -> float | None:
@@ -119,9 +127,11 @@ class Gpu(Fact):
 
 
 class Prefill(Fact):
-    """Arithmetic really reached on prompts: `tops` (1e12 multiply or add/s), or tok/s of a 7B Q4_0 a GPU core."""
+    """Arithmetic really reached on prompts: `tops` (1e12 multiplications and additions/s) with weights in `format`, or
+    tok/s of a 7B Q4_0 model for each GPU core."""
 
-    tops: Number | None = None
+    tops: Span | None = None
+    format: str = "Q4_0"
     tok_s_7b_per_gpu_core: Number | None = None
 
 
@@ -148,7 +158,6 @@ class Backend(Strict):
 
     name: str
     speed_class: str
-    runtime: str = "llama.cpp"
     measured: Rate | None = None
     observed: Rate | None = None
     eta: Eta | None = None
@@ -180,7 +189,7 @@ class Power(Fact):
     """Watts at the wall, or as the source says in its note."""
 
     idle_w: Number | None = None
-    load_w: Number | tuple[Number, Number] | None = None
+    load_w: Span | None = None
     modes: str = ""
 
 
