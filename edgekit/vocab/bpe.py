@@ -1,0 +1,150 @@
+"""Byte-level BPE: tokens, merges and the pre-tokenizer that the runtime has for it.
+
+Structure decides where it can; where it cannot, the candidates are tried in the runtime itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
+from edgekit.gguf_file import MetaValue
+from edgekit.vocab.built import CONTROL, NORMAL, Built, Limit, by_id, fill_holes, type_of
+from edgekit.vocab.files import Added, Files, Json
+from edgekit.vocab.parity import differences, explain
+from edgekit.vocab.pretokenizer import TABLE, Pre, Shape, exact, nearest, shape_of
+from edgekit.vocab.probe import Probe
+from edgekit.vocab.reference import TokenizerJson
+from edgekit.vocab.spaces import changes, foreign_normalizers, normalizer_limits, parts
+
+_HARMLESS = {"NFC"}
+"""Normalisers that leave ordinary text of today alone, so that a warning is enough."""
+
+
+def is_byte_level(tokenizer: Json) -> bool:
+    return any(p.get("type") == "ByteLevel" for p in parts(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+
+
+def build(files: Files, added: Mapping[int, Added]) -> Built:
+    """Raises CorruptCheckpoint, and UnsupportedVocabulary with the strings that would differ."""
+    tokenizer = files.tokenizer
+    assert tokenizer is not None
+    model = tokenizer["model"]
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise UnsupportedVocabulary(f"tokenizer.json: model.{key} = {model[key]!r} has no counterpart in llama.cpp")
+    texts = by_id(model.get("vocab"), added)
+    types = [NORMAL] * len(texts)
+    for number, token in added.items():
+        types[number] = CONTROL if token.special else type_of(token, None)
+    pairs = merge_pairs(model)
+    spaced = next((t for t in model["vocab"] if " " in t), None)
+    if spaced and any(spaced in p for p in pairs):
+        raise UnsupportedVocabulary(f"tokenizer.json: a merge holds {spaced!r}; llama.cpp cannot read a space in it")
+    built = Built("gpt2", "", fill_holes(texts, types, None), types, merges=list(map(" ".join, pairs)))
+    normalizers = foreign_normalizers(tokenizer)
+    built.limits += normalizer_limits(normalizers)
+    pre = _pre_tokenizer(files, added, built, all(p.get("type") in _HARMLESS for p in normalizers))
+    built.pre = pre.name
+    if pre.approximate:
+        built.limits.append(_case_limit(pre.approximate))
+    return built
+
+
+def merge_pairs(model: Mapping[str, Any]) -> list[list[str]]:
+    """`["a b", ...]` or `[["a", "b"], ...]` as pairs, each checked against the vocabulary. Raises CorruptCheckpoint."""
+    merges, vocab = model.get("merges"), model.get("vocab")
+    if not isinstance(merges, list) or not isinstance(vocab, dict):
+        raise CorruptCheckpoint("tokenizer.json: a BPE model without a list of merges")
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise CorruptCheckpoint(f"tokenizer.json: merge {number} is {merges[number]!r}, not two tokens")
+    try:
+        whole = all(map(vocab.__contains__, map("".join, pairs))) and set(chain.from_iterable(pairs)) <= vocab.keys()
+    except TypeError:
+        raise CorruptCheckpoint("tokenizer.json: a merge that is not two strings") from None
+    if not whole:
+        raise _dangling(pairs, vocab)
+    return pairs
+
+
+def _dangling(pairs: Sequence[Sequence[str]], vocab: Mapping[str, Any]) -> CorruptCheckpoint:
+    for number, (left, right) in enumerate(pairs):
+        missing = [t for t in (left, right, left + right) if t not in vocab]
+        if missing:
+            break
+    return CorruptCheckpoint(
+        f"tokenizer.json: merge {number} ({left!r}, {right!r}) needs a token {missing[0]!r} that is not in the vocabulary",
+        "the file was cut or edited; download it again",
+    )
+
+
+def _pre_tokenizer(files: Files, added: Mapping[int, Added], built: Built, ordinary: bool) -> Pre:
+    """The row of the table that splits as this tokenizer does."""
+    tokenizer = files.tokenizer
+    assert tokenizer is not None
+    shape = shape_of(tokenizer.get("pre_tokenizer"))
+    ignore = tokenizer["model"].get("ignore_merges") is True
+    rows = exact(shape, ignore)
+    if rows and ordinary and not shape.add_prefix_space and rows[0].ignore_merges == ignore:
+        return rows[0]
+    candidates = rows or nearest(tokenizer.get("pre_tokenizer"), ignore)
+    return _by_behaviour(files, added, built, candidates, shape)
+
+
+def _by_behaviour(files: Files, added: Mapping[int, Added], built: Built, rows: Sequence[Pre], shape: Shape) -> Pre:
+    """The first candidate that gives the model's own ids for every probe string that no limit covers."""
+    assert files.tokenizer is not None
+    reference = TokenizerJson(files.tokenizer, added, files.root / "tokenizer.json")
+    tolerated = [limit for limit in built.limits if _is_harmless(files.tokenizer)]
+    best: tuple[int, Pre, str] | None = None
+    for row in rows:
+        limits = [*tolerated, *([_case_limit(row.approximate)] if row.approximate else [])]
+        with Probe(_trial(built, row.name)) as probe:
+            found = differences(reference, probe, _words(built), limits, add_special=False)
+        if not found:
+            return row
+        if best is None or len(found) < best[0]:
+            best = len(found), row, explain(found)
+    assert best is not None
+    described = shape.why or " then ".join(shape.steps or ()) or "no pre-tokenizer"
+    raise UnsupportedVocabulary(
+        f"no pre-tokenizer of llama.cpp splits text as this tokenizer.json does ({described[:300]}); the nearest, "
+        f"{best[1].name!r}, differs in {best[0]} probe strings:\n{best[2]}",
+        "train or fine-tune with the pre-tokenizer of Llama 3, Qwen2 or GPT-2, or run the model with transformers",
+    )
+
+
+def _is_harmless(tokenizer: Json) -> bool:
+    return all(p.get("type") in _HARMLESS for p in foreign_normalizers(tokenizer))
+
+
+def _words(built: Built) -> list[str]:
+    from edgekit.corpus import STRINGS
+
+    return list(STRINGS)
+
+
+def _trial(built: Built, pre: str) -> dict[str, MetaValue]:
+    return {
+        "tokenizer.ggml.model": built.model,
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": built.tokens,
+        "tokenizer.ggml.token_type": built.types,
+        "tokenizer.ggml.merges": built.merges or [],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+
+
+def _case_limit(how: str) -> Limit:
+    return Limit(f"llama.cpp only approximates how this tokenizer splits words: {how}", _beyond_ascii_case)
+
+
+def _beyond_ascii_case(text: str) -> bool:
+    import unicodedata
+
+    return any(ord(c) > 127 and (unicodedata.category(c) in ("Lu", "Lt", "Lm", "Mn", "Mc", "Me", "Ll", "Lo")) for c in text)

@@ -1,0 +1,46 @@
+"""The model's own tokenizer, run as it is: what the runtime is compared with. Knows no GGUF."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgekit.errors import UnsupportedVocabulary
+from edgekit.vocab.files import Added
+
+
+class Reference(Protocol):
+    """Encodes and decodes as the model's own files say."""
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """Token ids. Without `parse_special` the text of a special token is ordinary text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included."""
+
+
+class TokenizerJson:
+    """tokenizer.json through the `tokenizers` library, without the truncation and padding some files carry."""
+
+    def __init__(self, tokenizer: Mapping[str, Any], added: Mapping[int, Added], where: Path) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        bare = dict(tokenizer) | {"truncation": None, "padding": None}
+        try:
+            self._tokenizer = Tokenizer.from_str(json.dumps(bare))
+        except Exception as e:  # noqa: BLE001 - the Rust library raises plain Exception for everything it cannot parse
+            raise UnsupportedVocabulary(f"{where}: the tokenizers library does not read it ({e})") from None
+        known = {entry["id"] for entry in bare.get("added_tokens") or ()}
+        for number, token in added.items():
+            if number not in known and number == self._tokenizer.get_vocab_size():
+                flags = {k: getattr(token, k) for k in ("special", "normalized", "lstrip", "rstrip", "single_word")}
+                self._tokenizer.add_tokens([AddedToken(token.content, **flags)])
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        self._tokenizer.encode_special_tokens = not parse_special
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -1,0 +1,98 @@
+"""Unigram (T5, XLM-R) for llama.cpp's `t5` vocabulary, from tokenizer.json or a SentencePiece model."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
+from edgekit.gguf_file import MetaValue, Typed
+from edgekit.vocab.built import NORMAL, PAD_SCORE, SPACE, UNKNOWN, Built, by_id, type_of
+from edgekit.vocab.files import Added, Json
+from edgekit.vocab.protobuf import SentencePiece
+from edgekit.vocab.spaces import Part, parts
+
+
+def from_json(tokenizer: Json, added: Mapping[int, Added]) -> Built:
+    """Raises CorruptCheckpoint, UnsupportedVocabulary."""
+    model = tokenizer["model"]
+    entries = model.get("vocab")
+    if not isinstance(entries, list) or not all(_is_entry(e) for e in entries):
+        raise CorruptCheckpoint("tokenizer.json: a Unigram vocabulary must be a list of [text, score]")
+    vocab = {text: i for i, (text, _) in enumerate(entries)}
+    if len(vocab) != len(entries):
+        raise CorruptCheckpoint("tokenizer.json: the Unigram vocabulary holds a text twice")
+    tokens = by_id(vocab, added)
+    scores = [float(score) for _, score in entries] + [PAD_SCORE] * (len(tokens) - len(entries))
+    types = [NORMAL] * len(tokens)
+    unk = model.get("unk_id")
+    for number, token in added.items():
+        types[number] = type_of(token, None)
+    if isinstance(unk, int) and 0 <= unk < len(types):
+        types[unk] = UNKNOWN
+    prefix, merge_spaces = _spaces(tokenizer)
+    return _built(tokens, scores, types, _charsmap(tokenizer), prefix, merge_spaces)
+
+
+def from_model(
+    model: SentencePiece, laid: tuple[list[str | None], list[float], list[int]]
+) -> Built:
+    """`laid` are texts, scores, types with the added tokens already over them."""
+    if model.whitespace_as_suffix or not model.escape_whitespaces:
+        raise UnsupportedVocabulary("the SentencePiece model treats whitespace as a suffix or does not escape it")
+    return _built(*laid, model.charsmap, model.add_dummy_prefix, model.remove_extra_whitespaces)
+
+
+def _built(
+    tokens: list[str | None], scores: list[float], types: list[int], charsmap: bytes, prefix: bool, merge_spaces: bool
+) -> Built:
+    extra: dict[str, MetaValue] = {
+        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": merge_spaces,
+    }
+    if charsmap:
+        extra["tokenizer.ggml.precompiled_charsmap"] = Typed("array:uint8", list(charsmap))
+    return Built("t5", "default", tokens, types, scores, extra=extra)  # type: ignore[arg-type]
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int | float)
+
+
+def _charsmap(tokenizer: Json) -> bytes:
+    """SentencePiece's compiled normalisation rules; llama.cpp runs them itself."""
+    for part in parts(tokenizer.get("normalizer"), "normalizers"):
+        if part.get("type") == "Precompiled" and part.get("precompiled_charsmap"):
+            try:
+                return base64.b64decode(part["precompiled_charsmap"], validate=True)
+            except ValueError:
+                raise CorruptCheckpoint("tokenizer.json: precompiled_charsmap is not base64") from None
+        elif part.get("type") not in ("Precompiled", "Replace", "Strip"):
+            raise UnsupportedVocabulary(f"tokenizer.json: llama.cpp's Unigram has no {part.get('type')} normaliser")
+    return b""
+
+
+def _spaces(tokenizer: Json) -> tuple[bool, bool]:
+    """(a space in front, runs of spaces count as one)."""
+    prefix, merge = False, False
+    for part in parts(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+        if part.get("type") == "WhitespaceSplit":
+            merge = True
+        if part.get("type") == "Metaspace":
+            scheme = part.get("prepend_scheme") or ("always" if part.get("add_prefix_space", True) else "never")
+            prefix = scheme != "never"
+    for part in parts(tokenizer.get("normalizer"), "normalizers"):
+        merge = merge or _collapses(part)
+    return prefix, merge
+
+
+def _collapses(part: Part) -> bool:
+    """`Replace(" {2,}", " " or U+2581)`, as transformers writes it for SentencePiece's remove_extra_whitespaces."""
+    pattern = part.get("pattern")
+    return (
+        part.get("type") == "Replace"
+        and isinstance(pattern, dict)
+        and pattern.get("Regex") == " {2,}"
+        and part.get("content") in (" ", SPACE)
+    )
