@@ -178,7 +178,8 @@ def _to_float32(dtype: str, raw: npt.NDArray[Any], out: Array) -> None:
     elif dtype.startswith("F8"):
         np.take(_float8(dtype), raw, out=out, mode="clip")
     else:
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the checks on values see
+        # a float64 beyond float32 becomes infinite, which the checks on values see; a NaN may be any NaN
+        with np.errstate(over="ignore", invalid="ignore"):
             out[:] = raw
 
 
@@ -384,7 +385,7 @@ def _exists(path: Path) -> bool:
 def _demo() -> Path:
     package = Path(str(files("edgekit")))
     for folder in (package / "_data" / "demo", package / "demo"):
-        if folder.is_dir():
+        if (folder / "config.json").is_file():
             return folder
     raise CorruptCheckpoint("this installation has no demo model", "install edgekit from a wheel, or name a model")
 
@@ -501,9 +502,22 @@ def _weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
         return sorted(set(weight_map.values())), weight_map
     if not names:
         raise UnsupportedModel(f"{root} has no *.safetensors file", "was the download finished?")
-    if len(names) > 1 and any(m[2] != f"{len(names):05}" for m in map(_SHARD.fullmatch, names) if m):
-        raise CorruptCheckpoint(f"{root}: {len(names)} shards, but {names[0]} says otherwise", "fetch the missing ones")
+    missing = _missing_shards(names)
+    if missing:
+        raise CorruptCheckpoint(f"{root}: {missing} is missing", "fetch it again; a download was perhaps cut short")
     return names, None
+
+
+def _missing_shards(names: list[str]) -> str:
+    """The first file that `...-00001-of-00003.safetensors` and its like promise and that is not there."""
+    for name in names:
+        match = _SHARD.fullmatch(name)
+        for i in range(1, int(match[3]) + 1) if match else ():
+            assert match
+            promised = f"{match[1]}-{i:05}-of-{match[3]}.safetensors"
+            if promised not in names:
+                return promised
+    return ""
 
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(?:safetensors|gguf)")
@@ -660,6 +674,7 @@ def _quantised(where: str, what: str, card: Mapping[str, Any]) -> UnsupportedMod
 
 def _open_gguf(path: Path, ref: str) -> Checkpoint:
     parts = [open_gguf(p) for p in _gguf_parts(path)]
+    whole = _without_split(parts)
     tensors: dict[str, TensorRef] = {}
     for part in parts:
         stat = part.path.stat()
@@ -673,7 +688,6 @@ def _open_gguf(path: Path, ref: str) -> Checkpoint:
             tensors[info.name] = ref_
     if not tensors:
         raise UnsupportedModel(f"{path} has no tensors: a vocabulary only", "name a GGUF with weights")
-    whole = _without_split(parts, len(tensors))
     return Checkpoint(
         ref=ref,
         root=path.parent,
@@ -703,18 +717,19 @@ def _gguf_parts(path: Path) -> list[Path]:
     return parts
 
 
-def _without_split(parts: list[GgufFile], n_tensors: int) -> GgufFile:
+def _without_split(parts: list[GgufFile]) -> GgufFile:
     """The first part with the keys of gguf-split checked and gone, so that metadata can go into one new file."""
     first = parts[0]
     for number, part in enumerate(parts):
         count, at = part.get("split.count", 1), part.get("split.no", 0)
         if count != len(parts) or at != number:
             raise CorruptCheckpoint(
-                f"{part.path} says it is part {at} of {count}, its name says {number} of {len(parts)}"
+                f"{part.path}: its name says part {number} of {len(parts)}, its metadata {at} of {count}"
             )
-    total = first.get("split.tensors.count", n_tensors)
-    if total != n_tensors:
-        raise CorruptCheckpoint(f"{first.path}: the parts hold {n_tensors} tensors, {total} are announced")
+    found = sum(len(part.tensors) for part in parts)
+    announced = first.get("split.tensors.count", found)
+    if announced != found:
+        raise CorruptCheckpoint(f"{first.path}: the parts hold {found} tensors, {announced} are announced")
     return replace(first, metadata={k: v for k, v in first.metadata.items() if not k.startswith("split.")})
 
 

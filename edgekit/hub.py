@@ -5,8 +5,10 @@ Knows which files those are and what to say when it fails; knows nothing of what
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,7 +64,9 @@ def download(
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        return _fetch(repo, str(info.sha), sizes, progress, check)
+        root = _fetch(repo, str(info.sha), sizes, progress, check)
+        _remember(root, revision or "main")
+        return root
     except HFValidationError as e:
         raise DownloadFailed(f"{repo!r} is not a hub id: {e}", "write it like org/name or org/name@revision") from None
     except (network_error, OSError) as e:
@@ -84,6 +88,18 @@ def _fetch(repo: str, commit: str, sizes: dict[str, int], progress: Progress, ch
     bytes_.expect(small + weights)
     _fetch_files(repo, commit, weights, bytes_)
     return root
+
+
+def _remember(root: Path, revision: str) -> None:
+    """Note in the cache which commit `revision` is, as the hub library does; only now that every file is there."""
+    if revision == root.name or ".." in Path(revision).parts:
+        return
+    ref = root.parent.parent / "refs" / revision
+    with contextlib.suppress(OSError):  # a cache that others write and we may only read
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        beside = ref.with_name(f"{ref.name}.{os.getpid()}")
+        beside.write_text(root.name)
+        beside.replace(ref)
 
 
 def _fetch_files(repo: str, commit: str, names: Iterable[str], bytes_: _Bytes) -> Path | None:
