@@ -1,4 +1,4 @@
-"""How fast a device will be, reckoned from what one token reads and computes. Pure; knows targets, no file and no model.
+"""How fast a device will be, reckoned from what one token reads and computes. Pure; knows targets, no file, no model.
 
 Decoding is bound by memory traffic, on CPUs also by arithmetic; prefill by arithmetic alone (docs/forecast.md).
 """
@@ -25,8 +25,9 @@ KV_READS, KV_READS_GROUPED, KV_READS_PLAIN = 1.0, 2.0, 5.5
 times without flash attention (published depth sweeps on Strix Halo)."""
 LLAMA_7B_LAYERS = 6_476_005_376
 """Weights of the 32 layers of Llama 2 7B, which `prefill.tok_s_7b_per_gpu_core` was measured on."""
-CALIBRATED_BAND = 12.0
-"""Percent: error left after one run on the device itself (59 device and backend pairs: 9-11 %)."""
+CALIBRATED_BAND, UNSURE_BAND = 12.0, 50.0
+"""Percent: error left after one run on the device itself (59 device and backend pairs: 9-11 %); and where cores or
+clock of a CPU are not known, so that only one of its two bounds can be reckoned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +177,13 @@ def forecast(target: Target, workload: Workload, *, backend: str | None = None, 
     plain = _uncalibrated(target, chosen, workload, threads, runs)
     if not runs or plain.decode_tok_s is None:
         return plain
-    scale, prefill_scale, prefill = _scales(target, chosen, runs), None, plain.prefill_tok_s
-    if prefill:
-        prefill_scale = _prefill_scale(target, chosen, runs)
+    scale, prefill_scale = _scales(target, chosen, runs)
     return replace(
         plain,
         decode_tok_s=plain.decode_tok_s * scale,
-        prefill_tok_s=prefill * prefill_scale if prefill and prefill_scale else prefill,
+        prefill_tok_s=plain.prefill_tok_s * prefill_scale if plain.prefill_tok_s else None,
         band_pct=CALIBRATED_BAND,
-        basis=f"scaled by {len(runs)} run(s) measured on the device ({scale:.2f} x the plain forecast)",
+        basis=f"{scale:.2f} x the plain forecast, by {len(runs)} run(s) measured on the device",
         calibrated=True,
     )
 
@@ -196,17 +195,26 @@ def _uncalibrated(
     if group is None:
         raise unknown("speed class", backend.speed_class, CLASSES)
     rate, basis = _bandwidth(target, backend, group, runs)
-    decode: float | None = None
-    bound: Bound | None = None
-    if rate is not None:
-        if group.rate is None:
-            decode, bound = 1 / _gpu_seconds(backend, group, workload, rate), "memory"
-        else:
-            seconds, bound, more = _cpu_seconds(target, group, workload, rate, threads)
-            decode, basis = 1 / seconds, f"{basis}, {more}"
     storage = target.storage.read_mb_s if target.storage else None
     prefill = _prefill(target, backend, group, workload, threads)
-    return Forecast(backend.name, decode, prefill, group.band_pct, bound, basis, storage_mb_s=storage)
+    plain = Forecast(backend.name, None, prefill, group.band_pct, None, basis, storage_mb_s=storage)
+    if rate is None:
+        return plain
+    if group.rate is None:
+        return replace(plain, decode_tok_s=1 / _gpu_seconds(backend, group, workload, rate), bound="memory")
+    cores, clock = _cores(target, threads), target.cpu.clock_ghz if target.cpu else None
+    memory = workload.traffic / rate
+    if not cores or not clock:
+        basis = f"{basis}; cores or clock not known, so arithmetic is left out"
+        return replace(plain, decode_tok_s=1 / memory, bound="memory", basis=basis, band_pct=UNSURE_BAND)
+    weights = sum(workload.weights_by_format.values())
+    compute = weights / (group.rate * workload.slowed(group) * cores * clock * 1e9)
+    return replace(
+        plain,
+        decode_tok_s=(memory**SHARPNESS + compute**SHARPNESS) ** (-1 / SHARPNESS),
+        bound="compute" if compute > memory else "memory",
+        basis=f"{basis}, {cores} cores at {clock:g} GHz",
+    )
 
 
 def _bandwidth(
@@ -231,20 +239,6 @@ def _gpu_seconds(backend: Backend, group: SpeedClass, workload: Workload, rate: 
     weights = workload.bytes_per_token / workload.slowed(group)
     kv = workload.traffic - workload.bytes_per_token
     return (weights + kv) / rate + overhead * 1e-6 * workload.layers
-
-
-def _cpu_seconds(
-    target: Target, group: SpeedClass, workload: Workload, rate: float, threads: int | None
-) -> tuple[float, Bound, str]:
-    """Memory and arithmetic joined; arithmetic is left out, and said to be, where cores or clock are unknown."""
-    memory = workload.traffic / rate
-    cores, clock = _cores(target, threads), target.cpu.clock_ghz if target.cpu else None
-    if not cores or not clock or group.rate is None:
-        return memory, "memory", "arithmetic left out: cores or clock not known"
-    weights = sum(workload.weights_by_format.values())
-    compute = weights / (group.rate * workload.slowed(group) * cores * clock * 1e9)
-    joined = (memory**SHARPNESS + compute**SHARPNESS) ** (1 / SHARPNESS)
-    return joined, "compute" if compute > memory else "memory", f"{cores} cores at {clock:g} GHz"
 
 
 def _cores(target: Target, threads: int | None) -> int | None:
@@ -275,23 +269,16 @@ def _operations(target: Target, prefill: Prefill | None, group: SpeedClass) -> f
     return None
 
 
-def _scales(target: Target, backend: Backend, runs: list[Calibration]) -> float:
-    """How much faster the device ran than the plain forecast: geometric median over its runs."""
-    ratios = []
+def _scales(target: Target, backend: Backend, runs: list[Calibration]) -> tuple[float, float]:
+    """How much faster the device decoded and prefilled than the plain forecast: geometric medians over its runs."""
+    decode, prefill = [], []
     for run in runs:
         plain = _uncalibrated(target, backend, _of_run(run), run.threads, runs)
         if plain.decode_tok_s:
-            ratios.append(log(run.decode_tok_s / plain.decode_tok_s))
-    return exp(median(ratios)) if ratios else 1.0
-
-
-def _prefill_scale(target: Target, backend: Backend, runs: list[Calibration]) -> float | None:
-    ratios = []
-    for run in runs:
-        plain = _uncalibrated(target, backend, _of_run(run), run.threads, runs)
-        if run.prefill_tok_s and plain.prefill_tok_s:
-            ratios.append(log(run.prefill_tok_s / plain.prefill_tok_s))
-    return exp(median(ratios)) if ratios else None
+            decode.append(log(run.decode_tok_s / plain.decode_tok_s))
+        if plain.prefill_tok_s and run.prefill_tok_s:
+            prefill.append(log(run.prefill_tok_s / plain.prefill_tok_s))
+    return exp(median(decode or [0.0])), exp(median(prefill or [0.0]))
 
 
 def _of_run(run: Calibration) -> Workload:

@@ -93,6 +93,10 @@ class Rate(Fact):
     def value(self) -> float:
         return middle(self.gb_s)
 
+    @property
+    def high(self) -> float:
+        return max(self.gb_s) if isinstance(self.gb_s, tuple) else self.gb_s
+
 
 class Cpu(Fact):
     """Cores that should run a model: `big` of them at `ghz`; the little ones are counted apart."""
