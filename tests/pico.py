@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -203,7 +205,10 @@ def save(root: Path, model_class: str, config_class: str, **settings: Any) -> Pa
 
     torch.manual_seed(0)
     bert = config_class == "BertConfig"
-    config = getattr(transformers, config_class)(**(SMALL | settings))
+    base = {
+        k: v for k, v in SMALL.items() if ("text_config" not in settings and "n_embd" not in settings) or "_id" in k
+    }
+    config = getattr(transformers, config_class)(**(base | {"vocab_size": VOCAB} | deepcopy(settings)))
     model = getattr(transformers, model_class)(config).float()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -225,42 +230,133 @@ def _noise(name: str, weight: Any) -> Any:
     return noise * 1.4 / weight.shape[-1] ** 0.5
 
 
-def _llama3(root: Path) -> Path:
+@dataclass(frozen=True)
+class Pico:
+    """One family's model and config class, and settings beside SMALL's."""
+
+    model: str
+    config: str
+    settings: dict[str, Any]
+
+    def __call__(self, root: Path) -> Path:
+        return save(root, self.model, self.config, **self.settings)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + 0.05 * i for i in range(12)],
+    "long_factor": [1.5 + 0.2 * i for i in range(12)],
+    "original_max_position_embeddings": 256,
+}
+PHI3 = {
+    "rope_parameters": LONGROPE,
+    "original_max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+GEMMA3 = {
+    "num_hidden_layers": 7,
+    "head_dim": 48,
+    "query_pre_attn_scalar": 48,
+    "sliding_window": 32,
+    "rope_parameters": GEMMA3_ROPE,
+}
+GPT2 = {
+    "n_embd": 128,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "n_inner": 192,
+}
+GRANITE = {
+    "attention_multiplier": 0.125,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "attention_bias": True,
+}
+
+
+def _gemma3(root: Path) -> Path:
+    """With a vision tower, which conversion leaves out."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    }
     return save(
         root,
-        "LlamaForCausalLM",
-        "LlamaConfig",
-        rope_parameters=dict(LLAMA3),
-        head_dim=64,
-        attention_bias=True,
-        mlp_bias=True,
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        text_config=SMALL | GEMMA3,
+        vision_config=vision,
+        mm_tokens_per_image=4,
     )
 
 
-def _qwen2(root: Path) -> Path:
-    return save(root, "Qwen2ForCausalLM", "Qwen2Config", rope_parameters=dict(YARN), tie_word_embeddings=True)
-
-
-def _qwen3(root: Path) -> Path:
-    return save(root, "Qwen3ForCausalLM", "Qwen3Config", head_dim=64, tie_word_embeddings=True)
-
-
-def _mistral(root: Path) -> Path:
-    return save(root, "MistralForCausalLM", "MistralConfig", head_dim=64, sliding_window=None)
-
-
-def _mixtral(root: Path) -> Path:
-    return save(
-        root, "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=None
-    )
+def _bert(root: Path) -> Path:
+    """Mean pooling, as sentence-transformers writes it down."""
+    save(root, "BertModel", "BertConfig", num_key_value_heads=None)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": i, "path": p, "type": f"sentence_transformers.models.{k}"} for i, (p, k) in enumerate(kinds.items())
+    ]
+    (root / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    (root / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {"word_embedding_dimension": 128, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    (root / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    return root
 
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "llama": _llama3,
-    "mistral": _mistral,
-    "mixtral": _mixtral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
+    "bert": _bert,
+    "gemma": Pico("GemmaForCausalLM", "GemmaConfig", {"head_dim": 48}),
+    "gemma2": Pico(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {"head_dim": 48, "query_pre_attn_scalar": 48, "sliding_window": 32, "attn_logit_softcapping": 5.0},
+    ),
+    "gemma3": _gemma3,
+    "gemma3_text": Pico("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3),
+    "gpt2": Pico("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "gpt_neox": Pico(
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "granite": Pico("GraniteForCausalLM", "GraniteConfig", GRANITE),
+    "llama": Pico(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {"rope_parameters": LLAMA3, "head_dim": 64, "attention_bias": True, "mlp_bias": True},
+    ),
+    "mistral": Pico("MistralForCausalLM", "MistralConfig", {"head_dim": 64, "sliding_window": 128}),
+    "mixtral": Pico(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "olmo2": Pico("Olmo2ForCausalLM", "Olmo2Config", {}),
+    "phi3": Pico("Phi3ForCausalLM", "Phi3Config", PHI3),
+    "qwen2": Pico("Qwen2ForCausalLM", "Qwen2Config", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen2_moe": Pico("Qwen2MoeForCausalLM", "Qwen2MoeConfig", MOE | {"shared_expert_intermediate_size": 160}),
+    "qwen3": Pico("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 64, "tie_word_embeddings": True}),
+    "qwen3_moe": Pico("Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE | {"head_dim": 64, "norm_topk_prob": True}),
+    "smollm3": Pico("SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 5}),
+    "stablelm": Pico(
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
+    ),
+    "starcoder2": Pico("Starcoder2ForCausalLM", "Starcoder2Config", {"tie_word_embeddings": True}),
 }
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgekit.arch import Blueprint, Role, blueprint, find, roles_of_name
-from edgekit.checkpoint import Checkpoint, open_checkpoint
-from edgekit.errors import CorruptCheckpoint, UnsupportedModel
+from edgekit.arch import Blueprint, blueprint, file_order, roles_of_name
+from edgekit.checkpoint import open_checkpoint
 from edgekit.gguf_file import encode_header
 from tests import pico
 
@@ -142,3 +139,25 @@ def picos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_logits_equal_transformers(family: str, picos: Callable[[str], Path], tmp_path: Path) -> None:
     made = same_as_transformers(picos(family), tmp_path)
     assert len(made.geometry.layers) == made.metadata[f"{made.arch}.block_count"]
+    assert all(m.role is roles_of_name(m.name) for m in made.tensors)
+    assert made.tensors == tuple(sorted(made.tensors, key=lambda m: file_order(m.name)))
+
+
+def test_longrope_long_factors(picos: Callable[[str], Path], tmp_path: Path) -> None:
+    same_as_transformers(picos("phi3"), tmp_path, prompt(280), n_ctx=512)
+
+
+def test_bert_embedding_equals_mean_of_transformers(picos: Callable[[str], Path], tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    root, tokens = picos("bert"), prompt()
+    model = transformers.BertModel.from_pretrained(root, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens])).last_hidden_state[0].mean(0).numpy()
+    made = blueprint(open_checkpoint(str(root)))
+    got = engine(write_f32(made, tmp_path / "bert.gguf"), tokens, embed=True)
+    assert cosines(got, wanted) > COSINE
+    assert not made.geometry.causal
+    assert made.metadata["bert.pooling_type"] == 1
+    assert made.ignored == ("pooler.dense.bias", "pooler.dense.weight")

@@ -24,7 +24,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1, 1.0),
     "final_logit_softcapping": (0, 0.0),
     "is_causal": (True,),
-    "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "logit_scale": (1, 1.0),
     "logits_scaling": (1, 1.0),

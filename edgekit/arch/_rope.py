@@ -93,16 +93,24 @@ class Bands:
 
 
 def read_rope(
-    s: Settings, head: int, context: int, kinds: Collection[str], *, partial: bool = False, layer: str = ""
+    s: Settings,
+    head: int,
+    context: int,
+    kinds: Collection[str],
+    *,
+    partial: bool = False,
+    layer: str = "",
+    aliases: Mapping[str, str] | None = None,
 ) -> Rope:
     """Rotary embeddings for heads of width `head`.
 
     `kinds`: rope types that the family's graph can do; `partial`: whether it can rotate a part of a head; `layer`:
-    layer type to read where parameters are nested. Raises UnsupportedModel, CorruptCheckpoint.
+    layer type to read where parameters are nested; `aliases`: names of rope types that mean another one here.
+    Raises UnsupportedModel, CorruptCheckpoint.
     """
     values = parameters(s, layer)
     kind = str(values.get("rope_type") or values.get("type") or "default").lower()
-    kind = _ALIASES.get(kind, kind)
+    kind = (_ALIASES | dict(aliases or {})).get(kind, kind)
     if kind not in kinds:
         raise UnsupportedModel(f"config.json: rope type {kind!r}: this family can do {', '.join(sorted(kinds))}")
     if unknown := sorted(set(values) - _KNOWN):
@@ -130,10 +138,8 @@ def parameters(s: Settings, layer: str = "") -> Mapping[str, Any]:
 
 def _rotated(s: Settings, values: Mapping[str, Any], head: int, partial: bool) -> int:
     """Values of a head that are rotated (`int(head_dim * partial_rotary_factor)` in transformers)."""
-    part = values.get("partial_rotary_factor")
-    for key in ("partial_rotary_factor", "rotary_pct"):
-        part = s.raw(key) if part is None else part
-    share = checked_number("config.json: partial_rotary_factor", 1.0 if part is None else part)
+    given = (values.get("partial_rotary_factor"), s.raw("partial_rotary_factor"), s.raw("rotary_pct"), 1.0)
+    share = checked_number("config.json: partial_rotary_factor", next(g for g in given if g is not None))
     width = int(head * share)
     if not 0 < width <= head or width % 2:
         raise CorruptCheckpoint(f"config.json: partial_rotary_factor is {share!r}: {width} of {head} values rotated")

@@ -18,6 +18,5 @@ def read(s: Settings, root: Path) -> Reading:
     return replace(full, dims=d, metadata={**full.metadata, **keys(d)}, notes=full.notes + notes)
 
 
-FAMILY = Family(
-    "llama", ("MistralForCausalLM",), read, llama.TABLE, llama.DEFAULTS | {"num_key_value_heads": 8}, (INV_FREQ,)
-)
+DEFAULTS = llama.DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096}
+FAMILY = Family("llama", ("MistralForCausalLM",), read, llama.TABLE, DEFAULTS, (INV_FREQ,))

@@ -33,5 +33,11 @@ def read(s: Settings, root: Path) -> Reading:
     return replace(dense, dims=d, metadata={**dense.metadata, **expert_keys(d)})
 
 
-_DEFAULTS = llama.DEFAULTS | {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+_DEFAULTS = llama.DEFAULTS | {
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
 FAMILY = Family("llama", ("MixtralForCausalLM",), read, TABLE, _DEFAULTS, (INV_FREQ,))
