@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 _SCRIPTS: Final = (
     "The quick brown fox jumps over the lazy dog.",
@@ -170,3 +171,134 @@ STRINGS: Final[tuple[str, ...]] = tuple(
     )
 )
 """Each is a place where two tokenizers have been seen to part. No string holds NUL: the runtime takes C strings."""
+
+
+TEXT: Final[str] = """\
+# Keeping a garden record
+
+A garden record is a plain book in which one person writes down what happened in one garden. It needs no method to begin
+with: the date, the weather, what was sown, what came up, what was eaten by slugs. After two or three years the entries
+start to answer questions. When did the last frost come? Which bed dried out first? Was the early variety really earlier,
+or did it only seem so because the spring was warm? Nobody remembers such things well. Memory keeps the exceptions, the
+storm and the record marrow, and forgets the ordinary weeks in between.
+
+The first rule is to write on the day itself. Notes made a week later are mostly guesses, and the guesses lean towards
+what the writer expected. The second rule is to write down failures. A row of carrots that never appeared teaches more
+than a row that did, provided one also noted the depth, the soil and the rain. The third rule is to be brief. A record of
+twelve words a day will still be kept in November; a record of two pages will be abandoned before the beans are tied up.
+
+Numbers help, but only a few of them. A rain gauge costs little, and a thermometer that remembers the lowest reading of the
+night costs not much more. With these two, and a habit of looking, one can explain most of what goes on between March and
+October. Weighing the harvest is pleasant but less useful than it sounds, because the weight depends on when one picks.
+Counting is better: forty plants set out, thirty-one alive after a fortnight, twenty-six that bore fruit.
+
+## Measuring rain
+
+Suppose the gauge is read every morning and the figure is typed into a file, one line a day, with the date first. A short
+program then gives the totals. It is written here in Python, since that is what most people have at hand, but nothing in it
+depends on the language.
+
+```python
+from collections import defaultdict
+from pathlib import Path
+
+
+def monthly_totals(path: Path) -> dict[str, float]:
+    '''Millimetres of rain for every month, from lines such as `2023-04-17 3.5`.'''
+    totals: dict[str, float] = defaultdict(float)
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            day, amount = line.split()
+            totals[day[:7]] += float(amount)
+        except ValueError:
+            raise SystemExit(f"{path}:{number}: expected a date and a number, found {line!r}")
+    return dict(totals)
+
+
+if __name__ == "__main__":
+    for month, total in sorted(monthly_totals(Path("rain.txt")).items()):
+        print(f"{month}  {total:6.1f} mm  {'*' * round(total / 5)}")
+```
+
+The stars make a crude picture, which is often all one wants. If the file grows to ten years, the program still runs in a
+moment, and the longest part of the work remains what it was at the beginning: going outside in the wet and looking at a
+glass tube.
+
+## What the weather does to seeds
+
+A seed is a small plant that has stopped. It holds enough food to push a root down and a shoot up, and it waits until
+there is enough water, enough warmth and, for some kinds, enough light. If one of the three is missing it goes on waiting.
+If water comes without warmth, the seed swells and then rots, which is the usual fate of beans sown too early. If warmth
+comes without water, nothing happens at all, and that is why a dry April does less harm than a cold and wet one.
+
+The temperature that counts is that of the soil, not of the air. Soil warms slowly and cools slowly. At a depth of ten
+centimetres the warmest hour is in the early evening and the coldest soon after sunrise, and a single hot afternoon makes
+hardly any difference. Three mild nights do more. This is worth knowing, because people sow on the first fine Saturday and
+are then surprised. A bed covered with dark cloth for two weeks can be four degrees warmer than the bed beside it, and four
+degrees are the difference between eight days and twenty.
+
+| crop    | lowest soil temperature | days at 10 degrees | days at 18 degrees |
+|---------|------------------------:|-------------------:|-------------------:|
+| lettuce |                       3 |                 11 |                  4 |
+| pea     |                       4 |                 14 |                  8 |
+| carrot  |                       5 |                 18 |                  9 |
+| bean    |                      10 |                 20 |                  9 |
+| pumpkin |                      13 |                  - |                  8 |
+
+These figures are rough. They come from one garden with heavy soil, and a neighbour with sand would find others. That is
+the point of keeping a record: the tables in books are averages over places where one does not live.
+
+## A conversation over the fence
+
+"You have put your onions out already," said the old man from number nineteen. He had been watching for some time.
+
+"Last Sunday," Maria said. "The book says the second half of March."
+
+"The book was printed in another county." He pointed with his pipe at the hill, where a thin line of snow still lay under
+the hedge. "While that is white, I keep mine indoors. My father did the same, and he never lost an onion. He lost plenty of
+other things, mind you. Two wheelbarrows, and once a cow."
+
+Maria laughed, but that evening she wrote in her book: *19 March, onions out, snow on the hill.* On the 2nd of April she
+added: *Eleven of sixty gone soft. Wait for the hill.* The following year she waited, and the year after that she did not
+need to look up why. Her daughter, who liked to have things settled, drew a small graph of it on the inside of the cover:
+the date on which the snow went, the date on which the onions were planted, and how many of them lived. There were only five
+points, and two of them lay nearly on top of each other, so that no statistician would have been impressed. It was enough for
+onions.
+
+## On giving things up
+
+Some questions a record cannot answer. Whether the new potatoes tasted better before the war is one; whether the blackbird
+on the ridge is the same blackbird as last year is another. A person can also write so much that there is no time left to
+dig. The best-kept book in our village belonged to a man whose garden was, to be honest, a wilderness of thistles, and he
+was perfectly happy with it. He knew to the day when each thistle had opened. What he was keeping, he used to say, was not a
+record of the garden but a record of having paid attention, and in that respect it had been an excellent harvest.
+"""
+"""English prose, a table and some code, for a quick perplexity; about 6,000 characters, written for this project."""
+
+class Special(Protocol):
+    """What `parity_strings` needs to know of a vocabulary."""
+
+    @property
+    def added_texts(self) -> Sequence[str]: ...
+
+
+def parity_strings(vocabulary: Special, limit: int = 48) -> list[str]:
+    """STRINGS, and its special and added tokens in text: alone, embedded, adjacent, between spaces and line ends.
+
+    Of more than `limit` added tokens (256 reserved ones, 1,000 placeholders) an even selection is taken.
+    """
+    texts = [t for t in vocabulary.added_texts if t and "\0" not in t]
+    step = max(1, -(-len(texts) // limit))
+    texts = texts[::step]
+    made = [form.replace("@", t) for t in texts for form in _AROUND]
+    made += [f"{a}{b}" for a, b in zip(texts, texts[1:], strict=False)]
+    made += [f"{a} x {b}\n{a}" for a, b in zip(texts, texts[1:], strict=False)][: limit // 2]
+    if texts:
+        made.append("".join(texts[:20]))
+        made.append(" ".join(texts[:20]))
+    return list(dict.fromkeys([*STRINGS, *made]))
+
+
+_AROUND: Final = ("@", "@word", "word@", "a @ b", "@\n", "\n@\n\nNext", "@@", "@ @", "1@2")

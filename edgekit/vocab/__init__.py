@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgekit.chat import Template
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
 from edgekit.gguf_file import MetaValue, Typed
 from edgekit.vocab import bpe, sentencepiece, special, unigram, wordpiece
@@ -80,6 +81,15 @@ class Vocabulary:
             if f"{role}_token" not in named and not self.files.config and role in self.ids:
                 named[f"{role}_token"] = self._text(role)
         return named
+
+    @property
+    def added_texts(self) -> tuple[str, ...]:
+        """Texts of the special and other added tokens, by id."""
+        return tuple(t.content for t in self.added.values() if t.id < self.size)
+
+    def template(self) -> Template | None:
+        """The default chat template with the texts of the special tokens that the model's files name, or None."""
+        return None if self.chat_template is None else Template(self.chat_template, self.special_texts())
 
     def excuse(self, text: str) -> str:
         """Why the runtime's ids for `text` may differ from the model's own, or the empty string."""
