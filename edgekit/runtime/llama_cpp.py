@@ -189,12 +189,17 @@ class ContextSettings:
 
 
 class Context:
-    """Memory and threads to run a `Model` with. Knows batches; keeps no history."""
+    """Memory and threads to run a `Model` with. Knows batches; keeps no history.
 
-    def __init__(self, model: Model, settings: ContextSettings) -> None:
+    `cb_eval`: a ggml_backend_sched_eval_callback that is shown the nodes of every graph; kept as long as the context.
+    """
+
+    def __init__(self, model: Model, settings: ContextSettings, *, cb_eval: Any = None) -> None:
         self._api = api = library().api
         self.threads = _threads(settings.threads)
         params = _context_params(model, settings, self.threads)
+        if cb_eval is not None:
+            self._cb_eval, params.cb_eval = cb_eval, cb_eval
         self.n_batch, self.outputs = int(params.n_batch), int(params.n_outputs_max or params.n_batch)
         library().log.clear()
         handle = api.llama_init_from_model(model.handle, params)
@@ -327,13 +332,13 @@ class LlamaSession:
     def _run_chunks(self, ids: Tokens, first: int, turn: int) -> Iterator[tuple[int, Logits]]:
         start = 0
         while start < len(ids):
-            step = self.context.n_batch if start < first else self.context.outputs
-            stop = min(start + step, len(ids), first if start < first else len(ids))
+            shown = max(start, first)
+            stop = min(start + self.context.n_batch, shown + self.context.outputs, len(ids))
             self._own(turn)
-            self.context.decode(ids[start:stop], start, max(0, first - start))
+            self.context.decode(ids[start:stop], start, shown - start)
             self._fed.extend(ids[start:stop].tolist())
-            if start >= first:
-                yield start, self.context.rows(stop - start, self.n_vocab)
+            if shown < stop:
+                yield shown, self.context.rows(stop - shown, self.n_vocab)
             start = stop
 
     def generate(
