@@ -16,6 +16,7 @@ from edgekit.errors import DoesNotFit, EdgekitError
 from edgekit.units import Progress, show_bytes, show_count, silent
 
 if TYPE_CHECKING:
+    from rich.box import Box
     from rich.console import Console, RenderableType
     from rich.table import Table
 
@@ -39,15 +40,19 @@ def talk() -> Console:
 
 
 def out() -> Console:
-    """The console for results. Piped, it is as wide as the text needs, so that nothing is cut."""
+    """The console for results. Piped, it is wide enough for every table, so that nothing is cut."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else max(100, _columns()))
+    return Console(highlight=False, width=None if sys.stdout.isatty() else max(160, _columns()))
 
 
 def _columns() -> int:
     text = os.environ.get("COLUMNS", "")
     return int(text) if text.isdigit() else 0
+
+
+def _wide() -> bool:
+    return out().width >= 130
 
 
 def show_error(error: EdgekitError) -> None:
@@ -205,10 +210,11 @@ def speed_line(plan: Plan) -> str:
     f = plan.forecast
     if f.decode_tok_s is None:
         return f"[dim]no forecast: {f.basis}"
-    text = f"[bold]{rate(f.decode_tok_s)} tok/s[/] decode"
+    low, high = f.decode_range or (0.0, 0.0)
+    text = f"forecast [bold]{rate(f.decode_tok_s)} tok/s[/] decode ({rate(low)} to {rate(high)})"
     if f.prefill_tok_s:
         text += f", {rate(f.prefill_tok_s)} tok/s prefill"
-    return f"{text} [dim](forecast ±{f.band_pct:.0f} %, {f.backend})"
+    return f"{text} [dim]({f.backend}; edgekit bench measures)"
 
 
 def rate(tok_s: float) -> str:
@@ -219,29 +225,39 @@ def all_targets_table(rows: Sequence[tuple[Target, Plan | DoesNotFit]], name: st
     """One row for each device."""
     from rich.table import Table
 
-    table = Table(title=f"{name} on every target", title_justify="left", header_style="bold")
-    for column in ("target", "device", "preset"):
-        table.add_column(column, no_wrap=True)
-    for column in ("file", "memory", "usable", "decode tok/s", "prefill tok/s"):
+    table = Table(title=f"{_plain(name)} on every target", title_justify="left", header_style="bold", box=_lines())
+    table.add_column("target", no_wrap=True)
+    if _wide():
+        table.add_column("device", no_wrap=True)
+    table.add_column("preset", no_wrap=True)
+    for column in ("file", "memory", "usable", "decode", "prefill"):
         table.add_column(column, justify="right", no_wrap=True)
     for target, plan in rows:
-        if isinstance(plan, DoesNotFit):
-            usable = show_bytes(target.usable_bytes) if target.usable_bytes else "?"
-            table.add_row(target.name, target.title, "[red]does not fit", "", "", usable, "", "")
-            continue
-        f, fits = plan.forecast, plan.memory.fits
-        total = show_bytes(plan.memory.total)
-        table.add_row(
-            target.name,
-            target.title,
-            plan.preset.name,
-            show_bytes(plan.file_bytes),
-            total if fits else f"[red]{total}",
-            show_bytes(plan.memory.usable) if plan.memory.usable else "?",
-            rate(f.decode_tok_s) if f.decode_tok_s else "?",
-            rate(f.prefill_tok_s) if f.prefill_tok_s else "?",
-        )
+        names = (target.name, _plain(target.title)) if _wide() else (target.name,)
+        table.add_row(*names, *_target_cells(target, plan))
+    table.caption = "forecasts in tok/s; edgekit plan MODEL --target NAME says more"
     return table
+
+
+def _target_cells(target: Target, plan: Plan | DoesNotFit) -> tuple[str, ...]:
+    usable = show_bytes(target.usable_bytes) if target.usable_bytes else "?"
+    if isinstance(plan, DoesNotFit):
+        return "[red]does not fit", "", "", usable, "", ""
+    f, total = plan.forecast, show_bytes(plan.memory.total)
+    return (
+        plan.preset.name,
+        show_bytes(plan.file_bytes),
+        total if plan.memory.fits else f"[red]{total}",
+        usable,
+        rate(f.decode_tok_s) if f.decode_tok_s else "?",
+        rate(f.prefill_tok_s) if f.prefill_tok_s else "?",
+    )
+
+
+def _lines() -> Box:
+    from rich.box import SIMPLE_HEAD
+
+    return SIMPLE_HEAD
 
 
 # --- the last screen -------------------------------------------------------------------------------------------------
@@ -275,7 +291,7 @@ def _proof(done: Conversion) -> list[str]:
     against: Mapping[str, Any] = done.certificate.figures.get("against_source", {})
     if against:
         lines[-1] = (
-            f"KL divergence {against['kl_mean']:.5f} ± {against['kl_mean_stderr']:.5f}, the same top token "
+            f"KL divergence {against['kl_mean']:.5f} ± {against['kl_stderr']:.5f}, the same top token "
             f"{against['top1']:.2%} of the time, against the unquantised model"
         )
     return lines
@@ -314,7 +330,7 @@ def tensor_table(plan: Plan) -> Table:
 def _tensors(rows: Sequence[tuple[str, Sequence[int], str, int, str]], last: str) -> Table:
     from rich.table import Table
 
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=_lines())
     table.add_column("tensor", no_wrap=True)
     for column in ("shape", "format", "bytes", last):
         table.add_column(column, justify="right", no_wrap=True)
@@ -369,19 +385,21 @@ def targets_table(found: Sequence[Target]) -> Table:
     """One row for each device."""
     from rich.table import Table
 
-    table = Table(header_style="bold")
-    for column in ("target", "device"):
-        table.add_column(column, no_wrap=True)
+    table = Table(header_style="bold", box=_lines())
+    table.add_column("target", no_wrap=True)
+    if _wide():
+        table.add_column("device", no_wrap=True)
     for column in ("RAM GiB", "usable", "GB/s"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("backend", no_wrap=True)
-    table.add_column("fast formats")
+    table.add_column("fast formats", min_width=24)
     for target in found:
         row = target_row(target)
         ram = " / ".join(f"{gib:g}" for gib in row["ram_gib"]) or "?"
         usable = show_bytes(row["usable_bytes"]) if row["usable_bytes"] else "?"
         bandwidth = f"{row['bandwidth_gb_s']:.0f}" if row["bandwidth_gb_s"] else "?"
-        table.add_row(row["name"], row["title"], ram, usable, bandwidth, row["backend"], ", ".join(row["fast"]))
+        names = (row["name"], _plain(row["title"])) if _wide() else (row["name"],)
+        table.add_row(*names, ram, usable, bandwidth, row["backend"], ", ".join(row["fast"]))
     return table
 
 
@@ -419,7 +437,8 @@ def target_screen(target: Target) -> RenderableType:
 
 def _fact_value(value: Any) -> str:
     if isinstance(value, list):
-        return "–".join(map(str, value)) if all(isinstance(v, int | float) for v in value) else " ".join(map(str, value))
+        numbers = all(isinstance(v, int | float) for v in value)
+        return (" to " if len(value) == 2 else " / ").join(f"{v:g}" for v in value) if numbers else " ".join(value)
     if isinstance(value, dict):
         return " ".join(f"{k} {v:g}" for k, v in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -443,7 +462,7 @@ def host_screen(found: Host, bandwidth: Bandwidth, matched: str | None) -> Rende
 def recipes_table(found: Sequence[Recipe]) -> Table:
     from rich.table import Table
 
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=_lines())
     for column in ("recipe", "what it makes", "quant", "stages"):
         table.add_column(column)
     for recipe in found:

@@ -69,9 +69,11 @@ def _kernels() -> Finding:
 
 
 def _runtime() -> Finding:
-    from edgekit.runtime import llama_cpp
+    from edgekit.runtime import _llama_library as engine
 
-    return Finding("runtime", True, llama_cpp.description())
+    (commit, release), (cpus, gpus, backends) = engine.build(), engine.devices()
+    parts = [f"llama.cpp {release} (ggml {commit})", *cpus, *(f"GPU {name}" for name in gpus), *backends]
+    return Finding("runtime", True, ", ".join(parts) if gpus else f"{', '.join(parts)}, no GPU backend")
 
 
 def _machine() -> Finding:

@@ -357,7 +357,7 @@ def _resident_twice(tensors: Sequence[Planned], target: Target) -> int:
 
 
 def workload(tensors: Sequence[Planned], geometry: Geometry, context: int, kv_type: str) -> Workload:
-    """What one decoded token costs: weights read per format, bytes, KV bytes at half of the context."""
+    """What one decoded token costs: weights read by format, their bytes, and a KV cache that is half full."""
     untied = any(t.made.role is Role.OUTPUT for t in tensors)
     weights: Counter[str] = Counter()
     nbytes, body = 0, 0
@@ -378,6 +378,7 @@ def workload(tensors: Sequence[Planned], geometry: Geometry, context: int, kv_ty
         layers=len(geometry.layers),
         body_params=body,
         context=context,
+        grouped=geometry.kv_heads < geometry.heads,
     )
 
 

@@ -148,7 +148,7 @@ def test_what_does_not_fit_exits_3_with_needs_and_has(model: Path, tmp_path: Pat
     board = tmp_path / "tiny.toml"
     board.write_text(
         'title = "Tiny"\nfamily = "other"\nram = { gib = [0.25], source = "made up" }\n'
-        '[[backend]]\nname = "cpu"\nspeed_class = "cpu"\n'
+        '[[backend]]\nname = "cpu"\nspeed_class = "cpu-arm-dotprod"\n'
     )
     done = run("convert", str(model), "-t", str(board), "-c", "131072", "-q", "F32", cwd=tmp_path)
     assert done.returncode == 3

@@ -145,7 +145,7 @@ gib = [0.25]
 source = "made up for this test"
 [[backend]]
 name = "cpu"
-speed_class = "cpu"
+speed_class = "cpu-arm-dotprod"
 """
 
 
