@@ -147,30 +147,29 @@ def measure_bandwidth(threads: int = 0, seconds: float = 1.0, *, buffer_bytes: i
     threads = threads or host.threads
     words = (buffer_bytes or _buffer_bytes(host)) // threads // 8
     buffers = [np.ones(max(words, 1), np.uint64) for _ in range(threads)]
-    start, begin = threading.Barrier(threads + 1), time.perf_counter()
-    results = [(0, begin)] * threads
+    start = threading.Barrier(threads)
+    results = [(0, 0.0, 0.0)] * threads
 
     def work(index: int) -> None:
         buffer, passes = buffers[index], 0
         np.bitwise_or.reduce(buffer)
         start.wait()
-        stop = time.perf_counter() + seconds
-        while passes == 0 or time.perf_counter() < stop:
+        begin = now = time.perf_counter()
+        while passes == 0 or now < begin + seconds:
             np.bitwise_or.reduce(buffer)
-            passes += 1
-        results[index] = (passes * buffer.nbytes, time.perf_counter())
+            passes, now = passes + 1, time.perf_counter()
+        results[index] = (passes * buffer.nbytes, begin, now)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
     for worker in workers:
         worker.start()
-    start.wait()
-    begin = time.perf_counter()
     for worker in workers:
         worker.join()
-    rate = sum(moved / (end - begin) for moved, end in results)
+    rate = sum(moved / (end - begin) for moved, begin, end in results)
+    elapsed = max(end for _, _, end in results) - min(begin for _, begin, _ in results)
     size = sum(b.nbytes for b in buffers) // MIB
-    method = f"{threads} threads reading {size} MiB in turn with numpy; bytes read, none written"
-    return Bandwidth(rate / 1e9, sum(m for m, _ in results), max(e for _, e in results) - begin, threads, method)
+    method = f"{threads} threads reading {size} MiB over and over with numpy; bytes read, none written"
+    return Bandwidth(rate / 1e9, sum(moved for moved, _, _ in results), elapsed, threads, method)
 
 
 def _buffer_bytes(host: Host) -> int:

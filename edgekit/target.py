@@ -9,6 +9,7 @@ import datetime
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -309,7 +310,7 @@ class Target(Spec):
         """By `rpi5`, `rpi5@16GB`, `rpi5-16gb`, alias, `./board.toml`, or `host`. Raises UnknownName, InvalidSpec."""
         text = str(ref)
         if text == "host":
-            return cls._of_host(detect())
+            return cls.of_host(detect())
         if text.endswith(".toml") or text in cls.names():
             return super().load(ref)
         if name := cls._aliases().get(text.lower()):
@@ -330,7 +331,7 @@ class Target(Spec):
         return found
 
     @classmethod
-    def _of_host(cls, host: Host) -> Self:
+    def of_host(cls, host: Host) -> Self:
         """This machine: the shipped profile it matches, at its real memory size, or one made from what it shows."""
         try:
             return cls.model_validate(_host_data(host, match_target(host)))
@@ -447,19 +448,19 @@ def _with_sources(node: Any, sources: dict[str, Any], read: Any) -> Any:
 
 def match_target(host: Host) -> str | None:
     """Name of the shipped target that `host` is, at its memory size (`rpi5-16gb`); None where no profile fits."""
-    found: list[tuple[int, str]] = []
-    for name in Target.names():
-        target = Target.load(name)
-        for mark in target.detect:
-            if _is_marked(host, mark):
-                found.append((len(mark.model) + 1000 * (mark.cores is not None), name))
+    found = [(mark.cores is not None, len(mark.model), name) for name, mark in _marks() if _is_marked(host, mark)]
     if not found:
         return None
-    target = Target.load(max(found)[1])
+    target = Target.load(max(found)[2])
     if not target.ram or not host.installed_bytes or len(target.ram.gib) == 1:
         return target.name
     size = min(target.ram.gib, key=lambda gib: abs(gib * GIB - (host.installed_bytes or 0)))
     return target.with_ram(size).name
+
+
+@cache
+def _marks() -> tuple[tuple[str, Detect], ...]:
+    return tuple((name, mark) for name in Target.names() for mark in Target.load(name).detect)
 
 
 def _is_marked(host: Host, mark: Detect) -> bool:

@@ -92,11 +92,53 @@ def test_shipped_values_are_sane(name: str) -> None:
 
 @pytest.mark.parametrize(
     "ref",
-    """rpi4@4GB rpi4@8GB rpi5@4GB rpi5@8GB rpi5@16GB pi-zero-2w orange-pi-5 jetson-nano jetson-xavier-nx
-    jetson-orin-nano jetson-orin-nano-super jetson-orin-nx@16GB jetson-agx-orin@64GB jetson-thor
-    m1 m1-pro m1-max m1-ultra m2 m2-pro m2-max m2-ultra m3 m3-pro m3-max m3-ultra m4 m4-pro m4-max m5 m5-pro m5-max
-    iphone-15-pro iphone-16-pro iphone-17-pro snapdragon-8-gen-2 snapdragon-8-gen-3 snapdragon-8-elite
-    snapdragon-8-elite-gen-5 snapdragon-x-elite n100 n150 strix-halo steam-deck x86-laptop""".split(),
+    [
+        "rpi4@4GB",
+        "rpi4@8GB",
+        "rpi5@4GB",
+        "rpi5@8GB",
+        "rpi5@16GB",
+        "pi-zero-2w",
+        "orange-pi-5",
+        "jetson-nano",
+        "jetson-xavier-nx",
+        "jetson-orin-nano",
+        "jetson-orin-nano-super",
+        "jetson-orin-nx@16GB",
+        "jetson-agx-orin@64GB",
+        "jetson-thor",
+        "m1",
+        "m1-pro",
+        "m1-max",
+        "m1-ultra",
+        "m2",
+        "m2-pro",
+        "m2-max",
+        "m2-ultra",
+        "m3",
+        "m3-pro",
+        "m3-max",
+        "m3-ultra",
+        "m4",
+        "m4-pro",
+        "m4-max",
+        "m5",
+        "m5-pro",
+        "m5-max",
+        "iphone-15-pro",
+        "iphone-16-pro",
+        "iphone-17-pro",
+        "snapdragon-8-gen-2",
+        "snapdragon-8-gen-3",
+        "snapdragon-8-elite",
+        "snapdragon-8-elite-gen-5",
+        "snapdragon-x-elite",
+        "n100",
+        "n150",
+        "strix-halo",
+        "steam-deck",
+        "x86-laptop",
+    ],
 )
 def test_promised_devices_are_shipped(ref: str) -> None:
     assert Target.load(ref).backend
