@@ -23,7 +23,7 @@ _ID = re.compile(
     r"(?:(?:@|/tree/)(?P<revision>[\w./-]+))?/?"
 )
 _SMALL = re.compile(
-    r"(?:config|generation_config|adapter_config|hf_quant_config|special_tokens_map|added_tokens|preprocessor_config)\.json"
+    r"(?:config|generation_config|adapter_config|hf_quant_config|special_tokens_map|added_tokens)\.json"
     r"|(?:tokenizer|chat_template|vocab).*\.(?:json|jinja|txt|model)|additional_chat_templates/[\w.-]+\.jinja"
     r"|[\w.-]+\.model|merges\.txt|README\.md"
 )

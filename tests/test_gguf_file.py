@@ -331,3 +331,7 @@ def test_strings_across_reads_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "v.gguf").write_bytes(header.bytes)
     file = open_gguf(tmp_path / "v.gguf")
     assert file.metadata == {"tokens": tokens, "after": 1}
+    for pad in range(64):  # every way in which a length and a string can lie across the reader's first step, 256 KiB
+        tokens = ["x" * ((1 << 18) - 150 + pad), *("abcdefghijklm"[:n] for n in range(14)), "y" * 4000]
+        (tmp_path / "v.gguf").write_bytes(encode_header({"tokens": tokens}, []).bytes)
+        assert open_gguf(tmp_path / "v.gguf").metadata == {"tokens": tokens}
