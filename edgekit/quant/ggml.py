@@ -1,4 +1,4 @@
-"""ggml's number formats: a table of sizes that needs no library, and encoders that call llama-cpp-python's libggml-base.
+"""ggml's number formats: a table of sizes that needs no library, and encoders that call llama-cpp-python's kernels.
 
 Knows blocks, bytes and the C entry points; knows nothing of models, presets or files.
 """
