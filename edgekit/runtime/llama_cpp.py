@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, Self
@@ -18,7 +19,14 @@ from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.host import detect
 from edgekit.runtime import Logits, Timings
-from edgekit.runtime._llama_library import attach_threadpool, free_threadpool, library, new_threadpool
+from edgekit.runtime._llama_library import (
+    attach_threadpool,
+    build,
+    devices,
+    free_threadpool,
+    library,
+    new_threadpool,
+)
 from edgekit.runtime._text import TextStream
 from edgekit.units import MIB
 
@@ -240,6 +248,31 @@ class Context:
             said = library().log.reason()
             why = _DECODE_ERRORS.get(status, f"llama_decode returned {status}")
             raise RuntimeFailed(f"{why} at position {position}" + (f": {said}" if said else ""), "try a smaller prompt")
+
+    def append(self, tokens: Sequence[int], step: int) -> None:
+        """Run `tokens`, `step` at a time, behind what memory holds; of each batch the last row of logits is kept.
+
+        The loop to measure: nothing is checked or booked. Single tokens are waited for one by one, as a generation
+        has to; larger batches at the end. Raises RuntimeFailed.
+        """
+        api, context = self._api, self.handle
+        room = (ctypes.c_int32 * step)()
+        batch = api.llama_batch_get_one(room, step)
+        for start in range(0, len(tokens), step):
+            part: list[Any] = list(tokens[start : start + step])
+            room[: len(part)] = part
+            batch.n_tokens = len(part)
+            status = api.llama_decode(context, batch)
+            if status != 0:
+                raise RuntimeFailed(_DECODE_ERRORS.get(status, f"llama_decode returned {status}"), "try fewer tokens")
+            if step == 1:
+                api.llama_synchronize(context)
+        api.llama_synchronize(context)
+
+    def likeliest(self, n_vocab: int) -> int:
+        """The token with the largest of the last logits."""
+        last = self._api.llama_get_logits_ith(self.handle, -1)
+        return int(np.ctypeslib.as_array(last, (n_vocab,)).argmax())
 
     def rows(self, n: int, n_vocab: int) -> Logits:
         """A copy of the `n` rows of logits the last `decode` kept -> float32 (n, n_vocab)."""
@@ -579,6 +612,20 @@ class _Batch:
         return self._batch
 
 
+def build_facts() -> dict[str, str | int]:
+    """Which engine this is, under the names llama-bench uses; `build_number` 0, which the library does not tell."""
+    commit, version = build()
+    cpus, gpus, backends = devices()
+    return {
+        "build_commit": commit,
+        "build_number": 0,
+        "cpu_info": ", ".join(cpus),
+        "gpu_info": ", ".join(gpus),
+        "backends": ",".join(backends) or "CPU",
+        "runtime": f"llama-cpp-python {metadata.version('llama-cpp-python')}, llama.cpp {version}",
+    }
+
+
 def open_model(path: str | Path, *, n_gpu_layers: int | None = None, mmap: bool = True) -> Model:
     """Load a GGUF (or the first of its shards). `n_gpu_layers` None: all, where the build can offload.
 
@@ -656,6 +703,7 @@ def _context_params(model: Model, settings: ContextSettings, threads: int) -> An
     params.type_k = _named(KV_TYPES, settings.kv, "KV cache type")
     params.type_v = _named(KV_TYPES, settings.kv_values or settings.kv, "KV cache type")
     params.flash_attn_type = _named(FLASH, settings.flash, "flash attention setting")
+    params.swa_full = False  # a sliding window takes the memory of its window, as planned
     params.embeddings = settings.embeddings
     if settings.embeddings:
         params.pooling_type = _pooling(model, settings.pooling)
