@@ -268,6 +268,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     truncated or contradicts itself, UnsupportedModel for versions and types that this reader does not know.
     """
     path = Path(path)
+    if not path.is_file():
+        raise CorruptCheckpoint(f"cannot read {path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with path.open("rb") as file:
             cursor = _Cursor(file, path)

@@ -57,10 +57,8 @@ def download(
     library. Raises DownloadFailed, and UnsupportedModel where there are no safetensors.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
-    # httpx's own HTTPError: which module that lies in changes with the hub library's version
-    network_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
@@ -69,11 +67,21 @@ def download(
         return root
     except HFValidationError as e:
         raise DownloadFailed(f"{repo!r} is not a hub id: {e}", "write it like org/name or org/name@revision") from None
-    except (network_error, OSError) as e:
+    except _failures() as e:
         cached = None if _is_refusal(e) else _cached(repo, revision)
         if cached:
             return cached
         raise _failure(repo, revision, e) from None
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the hub library and the transfer libraries below it raise when a fetch fails."""
+    from huggingface_hub import errors
+
+    # httpx's own HTTPError: which module that lies in changes with the hub library's version
+    network = cast("type[Exception]", errors.HfHubHTTPError.__mro__[1])
+    xet = getattr(errors, "XetDownloadError", RuntimeError)  # hf_xet itself raises bare RuntimeErrors
+    return network, OSError, RuntimeError, xet
 
 
 def _fetch(repo: str, commit: str, sizes: dict[str, int], progress: Progress, check: Check | None) -> Path:

@@ -346,6 +346,17 @@ def test_damaged_config(tmp_path: Path, raw: bytes, says: str) -> None:
         open_checkpoint(folder(tmp_path / "m", pack(A), config=None, config__json=raw))
 
 
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    root = folder(tmp_path / "m", pack(A))
+    os.mkfifo(tmp_path / "x.gguf")
+    with pytest.raises(CorruptCheckpoint, match="not a file"):
+        open_checkpoint(tmp_path / "x.gguf")
+    (root / "model.safetensors").unlink()
+    os.mkfifo(root / "model.safetensors")
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors is missing"):
+        open_checkpoint(root)
+
+
 # --- what is not converted -----------------------------------------------------------------------------------------
 
 
@@ -405,6 +416,7 @@ def test_training_leftovers_do_not_matter(tmp_path: Path) -> None:
         ),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt"),
         ({"group_size": 64, "bits": 4}, "MLX"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
         ({"quant_method": "brand-new"}, "brand-new"),
     ],
 )
@@ -450,6 +462,20 @@ def eight(*shape: int) -> torch.Tensor:
                 }
             },
         ),
+        (
+            (200, 100),
+            (2, 2),
+            "_scale",
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "format": "float-quantized",
+                    "config_groups": {
+                        "group_0": {"weights": {"type": "float", "num_bits": 8, "block_structure": "128x64"}}
+                    },
+                }
+            },
+        ),
     ],
 )
 def test_fp8_is_multiplied_with_its_scales(
@@ -466,7 +492,7 @@ def test_fp8_is_multiplied_with_its_scales(
     full = scale
     while full.dim() < weight.dim() and scale.numel() > 1:
         full = full.unsqueeze(-1)
-    if config is BLOCKS:
+    if scale_shape[-2:] == (2, 2):
         full = full.repeat_interleave(128, -2).repeat_interleave(64, -1)[..., : shape[-2], : shape[-1]]
     expected = (weight.float() * full).numpy()
     np.testing.assert_array_equal(opened.tensors["w.weight"].load(), expected)
@@ -643,6 +669,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     for ref in ("a/b/c", "./gone", "gone.gguf", "~/gone", "x" * 5000, "bad\0name", ""):
         with pytest.raises(EdgekitError):
             open_checkpoint(ref)
+    with pytest.raises(UnknownName) as e:
+        open_checkpoint("org/name/model-F16.gguf")
+    assert "hf download org/name model-F16.gguf" in e.value.hint
     with pytest.raises(UnknownName, match="no revision 'v2'"):
         open_checkpoint(tmp_path / "SmolLM2-135M", revision="v2")
 
