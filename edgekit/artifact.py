@@ -73,16 +73,24 @@ def open_artifact(path: Path) -> Artifact:
         raise EdgekitError(f"{path} has no {MANIFEST}", "give a folder made by `edgekit convert`, or a .gguf") from None
     except (OSError, ValueError) as e:
         raise CorruptCheckpoint(f"{manifest}: {e}", "convert again") from None
-    files = data.get("files") if isinstance(data, dict) else None
-    known = isinstance(files, dict) and all(
-        isinstance(v, dict) and isinstance(v.get("sha256"), str) and isinstance(v.get("bytes"), int)
-        for v in files.values()
-    )
-    if not known or data.get("schema") != SCHEMA or data.get("model_file") not in files:
+    files = _files_of(data)
+    if not files or data.get("schema") != SCHEMA or data.get("model_file") not in files:
         raise CorruptCheckpoint(f"{manifest} is not a manifest of schema {SCHEMA}", "convert again")
     for name in files:
         inside(path, name)
     return Artifact(path, data)
+
+
+def _files_of(data: Any) -> Mapping[str, Any]:
+    """The `files` of a parsed manifest; none where it is not of the shape that `seal` writes."""
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, dict):
+        return {}
+    sound = all(
+        isinstance(v, dict) and isinstance(v.get("sha256"), str) and isinstance(v.get("bytes"), int)
+        for v in files.values()
+    )
+    return files if sound else {}
 
 
 def model_file(ref: str | Path) -> Path:
@@ -143,7 +151,9 @@ def readable_os_errors(where: Path) -> Iterator[None]:
     except OSError as e:
         place = e.filename or where
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(f"the disk is full at {place}", "free some space, or choose another disk with --out") from e
+            raise DoesNotFit(
+                f"the disk is full at {place}", "free some space, or choose another disk with --out"
+            ) from e
         raise EdgekitError(f"cannot write {place}: {e.strerror or e}", "choose another place with --out") from e
 
 

@@ -189,7 +189,9 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise EdgekitError(f"{text!r} is not a list of token counts", "write for example -p 512 or -p 128,512") from None
+        raise EdgekitError(
+            f"{text!r} is not a list of token counts", "write for example -p 512 or -p 128,512"
+        ) from None
 
 
 @app.command()
@@ -387,7 +389,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
-    """EdgekitError -> its code, message and hint; Ctrl-C -> 130; a closed pipe -> silence. Never a traceback for these."""
+    """EdgekitError -> its code, message and hint; Ctrl-C -> 130; a closed pipe -> silence. No traceback for these."""
     try:
         yield
     except EdgekitError as e:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from edgekit.benchmark import BenchResult
     from edgekit.diagnosis import Finding
     from edgekit.host import Bandwidth, Host
     from edgekit.inspection import Inspection
@@ -140,7 +141,8 @@ def _amount(task: str, done: int, total: int) -> str:
 def plan_screen(plan: Plan, target: Target, name: str) -> RenderableType:
     """Everything that was decided, for one target."""
     rows = [("file", _file_line(plan)), ("formats", _formats_line(plan))]
-    rows += _memory_rows(plan, target) + [("speed", speed_line(plan))]
+    rows += _memory_rows(plan, target)
+    rows.append(("speed", speed_line(plan)))
     rows.append(("chosen", f"{plan.preset.name}: {plan.why}"))
     if plan.fallbacks:
         rows.append(("fallback", _fallback_line(plan)))
@@ -200,9 +202,10 @@ def memory_bar(memory: Memory, width: int = 28) -> str:
 def _headroom(memory: Memory, target: Target) -> str:
     if memory.usable is None or memory.headroom is None:
         return "[dim]the usable memory of this target is not known"
+    spare = f"the {show_bytes(memory.usable)} that {_plain(target.name)} can spare"
     if memory.headroom < 0:
-        return f"[red]{show_bytes(-memory.headroom)} more than the {show_bytes(memory.usable)} that {target.name} can spare"
-    return f"{show_bytes(memory.headroom)} left of the {show_bytes(memory.usable)} that {target.name} can spare"
+        return f"[red]{show_bytes(-memory.headroom)} more than {spare}"
+    return f"{show_bytes(memory.headroom)} left of {spare}"
 
 
 def speed_line(plan: Plan) -> str:
@@ -323,7 +326,9 @@ def _panel(rows: Sequence[tuple[str, str]], title: str) -> RenderableType:
 
 def tensor_table(plan: Plan) -> Table:
     """Every tensor of a plan."""
-    rows = [(t.name, t.shape, t.format.name, t.nbytes, "" if t.wanted == t.format.name else t.wanted) for t in plan.tensors]
+    rows = [
+        (t.name, t.shape, t.format.name, t.nbytes, "" if t.wanted == t.format.name else t.wanted) for t in plan.tensors
+    ]
     return _tensors(rows, "wanted")
 
 
@@ -339,6 +344,30 @@ def _tensors(rows: Sequence[tuple[str, Sequence[int], str, int, str]], last: str
     return table
 
 
+def bench_screen(result: BenchResult) -> RenderableType:
+    """Tokens per second with their spread, memory, time to first token, and what may have distorted them."""
+    size = f"{show_bytes(result.model_size)}, {show_count(result.model_n_params)} parameters"
+    rows = [("model", f"[bold]{_plain(result.model_type)}[/] [dim]({size})")]
+    for test in result.tests:
+        kind = "prefill" if test.n_prompt else "decode"
+        line = f"[bold]{rate(test.avg_ts)} tok/s[/] ± {rate(test.stddev_ts)} {kind} [dim]({test.name}"
+        line += f", {len(test.samples_ns)} runs)"
+        if gbs := result.achieved_gbs(test):
+            line += f"[/], {gbs:.2f} GB/s of weights"
+        if test.ttft_ms is not None:
+            line += f"[/], first token after {test.ttft_ms:.0f} ms"
+        rows.append(("speed" if test is result.tests[0] else "", line))
+    own = result.peak_rss_bytes - result.baseline_rss_bytes
+    rows.append(("memory", f"{show_bytes(result.peak_rss_bytes)} at its peak, {show_bytes(own)} of it the model's"))
+    rows.append(("loaded", f"in {result.load_ms:.0f} ms"))
+    build = result.build
+    backend = f"{build['backends']} with {result.settings.threads} threads"
+    rows.append(("on", f"{_plain(str(build['cpu_info']))}, {backend}"))
+    rows.append(("build", f"{_plain(str(build['runtime']))} [dim]({build['build_commit']})"))
+    rows += [("note", f"[yellow]{_plain(note)}") for note in result.notes]
+    return _panel(rows, "bench")
+
+
 # --- files, machines, targets ----------------------------------------------------------------------------------------
 
 
@@ -348,7 +377,10 @@ def inspection_screen(found: Inspection, *, tensors: bool = False, checked: bool
 
     rows = [
         ("file", f"[bold]{_plain(str(found.path))}"),
-        ("size", f"[bold]{show_bytes(found.nbytes)}[/] [dim]({found.nbytes:,} bytes)[/], GGUF version {found.file.version}"),
+        (
+            "size",
+            f"[bold]{show_bytes(found.nbytes)}[/] [dim]({found.nbytes:,} bytes)[/], GGUF version {found.file.version}",
+        ),
         ("weights", f"{show_count(found.parameters)} at {found.bits_per_weight:.2f} bits per weight"),
         ("preset", found.preset),
     ]
@@ -428,10 +460,10 @@ def target_screen(target: Target) -> RenderableType:
         date = f", read {fact.date}" if fact.date else ""
         note = f"\n[dim]{_plain(fact.note)}" if fact.note else ""
         rows.append((path, f"{_plain(shown)} [dim]({_plain(fact.source)}{date})[/]{note}"))
-    for label, values in (("fast", target.fast), ("slow", target.slow), ("flags", target.flags), ("notes", target.notes)):
-        if values:
-            separator = "\n" if label == "notes" else ", "
-            rows.append((label, _plain(separator.join(values))))
+    lists = {"fast": target.fast, "slow": target.slow, "flags": target.flags, "notes": target.notes}
+    for label, entries in lists.items():
+        if entries:
+            rows.append((label, _plain(("\n" if label == "notes" else ", ").join(entries))))
     return _panel(rows, _plain(target.title))
 
 

@@ -46,7 +46,9 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
 
 def _python() -> Finding:
     ok = sys.version_info >= (3, 11)
-    return Finding("python", ok, f"{platform.python_version()} on {platform.platform()}", "" if ok else "use 3.11 or newer")
+    return Finding(
+        "python", ok, f"{platform.python_version()} on {platform.platform()}", "" if ok else "use 3.11 or newer"
+    )
 
 
 def _packages() -> Finding:

@@ -17,7 +17,7 @@ from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.export import gguf
 from edgekit.export.gguf import Written
-from edgekit.gguf_file import MetaValue
+from edgekit.gguf_file import MetaValue, plain
 from edgekit.planning import Plan, cpu_threads, require_fit
 from edgekit.planning import plan as decide
 from edgekit.quant import presets
@@ -48,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """A model opened and understood: headers, family, tokenizer, and the metadata that does not depend on the format."""
+    """A model opened and understood: headers, family, tokenizer, and what metadata does not depend on the format."""
 
     checkpoint: Checkpoint
     blueprint: Blueprint
@@ -163,7 +163,8 @@ def _companions(conversion: Conversion, file_name: str, certificate: Certificate
     texts = {"README.md": card.write(source.checkpoint, decided, conversion.target, file_name, checks)}
     if decided.geometry.causal:
         template = verification.chat_template(source.checkpoint, source.vocabulary)
-        texts["Modelfile"] = ollama.modelfile(file_name, template, decided.context)
+        adds_bos = bool(plain(decided.metadata.get("tokenizer.ggml.add_bos_token", False)))
+        texts["Modelfile"] = ollama.modelfile(file_name, template, decided.context, adds_bos=adds_bos)
     return texts
 
 
@@ -206,9 +207,7 @@ def _warnings(source: Source, decided: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _manifest(
-    conversion: Conversion, written: Written, certificate: Certificate, recipe: Recipe
-) -> Mapping[str, Any]:
+def _manifest(conversion: Conversion, written: Written, certificate: Certificate, recipe: Recipe) -> Mapping[str, Any]:
     source = conversion.source
     return {
         "model_file": written.path.name,
@@ -274,7 +273,8 @@ def summary(decided: Plan, *, tensors: bool = False) -> dict[str, Any]:
     }
     if tensors:
         found["tensors"] = [
-            {"name": t.name, "shape": list(t.shape), "format": t.format.name, "bytes": t.nbytes} for t in decided.tensors
+            {"name": t.name, "shape": list(t.shape), "format": t.format.name, "bytes": t.nbytes}
+            for t in decided.tensors
         ]
     return found
 

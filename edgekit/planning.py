@@ -1,4 +1,4 @@
-"""Decide, before a weight is read, what every tensor becomes, how big the file is, what it needs in memory and how fast it
+"""Decide, before a weight is read, what every tensor becomes, how big the file is, what it needs and how fast it
 will be. Pure: takes opened headers, gives frozen values; reads no weight and writes nothing.
 """
 
@@ -205,36 +205,32 @@ def require_fit(decided: Plan, alternatives: Iterable[Plan] = ()) -> None:
 
 
 def _what_would_fit(decided: Plan, alternatives: Iterable[Plan]) -> list[str]:
-    ways = []
+    has, ways = decided.memory.usable or 0, []
     smaller = next((p for p in alternatives if p.memory.fits), None)
     if smaller:
         ways.append(f"-q {smaller.preset.name} fits ({show_bytes(smaller.memory.total)})")
-    rest = decided.memory.total - decided.memory.kv
-    has = decided.memory.usable or 0
     for kind in ("q8_0", "q4_0"):
-        nbytes = decided.kv_bytes[kind]
-        if nbytes < decided.memory.kv and rest + nbytes <= has:
-            ways.append(f"--kv {kind} fits ({show_bytes(rest + nbytes)})")
+        total = _total_at(decided, decided.context, kind)
+        if total <= has and decided.kv_bytes[kind] < decided.memory.kv:
+            ways.append(f"--kv {kind} fits ({show_bytes(total)})")
             break
-    context = _largest_context(decided, has)
-    if context:
+    context = 1 << (max(1, decided.context - 1).bit_length() - 1)
+    while context >= 512 and _total_at(decided, context, decided.kv_type) > has:
+        context //= 2
+    if context >= 512:
         ways.append(f"--ctx-size {context} fits")
     if not ways:
         per_weight = decided.weight_bytes / decided.parameters
-        room = max(0, has - decided.memory.overhead - decided.memory.compute)
+        room = max(0, has - (_total_at(decided, 512, "q8_0") - decided.memory.weights))
         ways.append(f"a model of at most about {room / per_weight / 1e9:.2g} B parameters would fit")
     return ways
 
 
-def _largest_context(decided: Plan, usable: int) -> int:
-    """The largest power of two below the planned context whose KV cache fits, or 0."""
-    rest = decided.memory.total - decided.memory.kv
-    context = 1 << (max(1, decided.context - 1).bit_length() - 1)
-    while context >= 512:
-        if rest + kv_cache_bytes(decided.geometry, context, decided.kv_type) <= usable:
-            return context
-        context //= 2
-    return 0
+def _total_at(decided: Plan, context: int, kv_type: str) -> int:
+    """Bytes in memory of the same tensors with another context and KV cache type."""
+    memory, geometry = decided.memory, decided.geometry
+    buffers = kv_cache_bytes(geometry, context, kv_type) + compute_bytes(geometry, context)
+    return memory.weights + memory.twice + memory.overhead + buffers
 
 
 def _best(plans: Sequence[Plan], target: Target, prefer: str) -> Plan:

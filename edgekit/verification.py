@@ -1,4 +1,4 @@
-"""Does the artefact do what the source does? Tokens, prompts, numbers: each check says what it compared and what it saw.
+"""Does the artefact do what the source does? Tokens, prompts, numbers: each check says what it compared and saw.
 
 Knows the order of the checks and what counts as a failure; the measuring itself is in quality.py and the runtime.
 """
@@ -87,7 +87,9 @@ def verify(
     figures["tensor_error"] = check_tensors(file, decided)
     checks.append(Check("tensors", f"{len(decided.tensors)} tensors decode to the source within their format's error"))
     progress("verify", 1, steps)
-    with open_session(path, n_ctx=2 * QUICK_CONTEXT, threads=threads, embeddings=not decided.geometry.causal) as session:
+    with open_session(
+        path, n_ctx=2 * QUICK_CONTEXT, threads=threads, embeddings=not decided.geometry.causal
+    ) as session:
         words, warnings = check_tokens(session, file, checkpoint, vocabulary)
         checks.append(words)
         progress("verify", 2, steps)
@@ -145,7 +147,7 @@ def _relative_error(path: Path, offset: int, tensor: Planned) -> float:
 
 
 def _bound(tensor: Planned) -> float:
-    """Relative RMS error that rounding can cause: about 2^-bits of a block's range, generous; ternary keeps signs only."""
+    """Relative RMS error that rounding can cause: about 2^-bits of a block's range; ternary keeps signs only."""
     if tensor.format.bits < 3:
         return 1.0
     return min(1.0, 2.0 ** (3.0 - tensor.format.bits)) if tensor.format.bits < 16 else 0.01
@@ -157,7 +159,7 @@ def _bound(tensor: Planned) -> float:
 def check_tokens(
     session: Session, file: GgufFile, checkpoint: Checkpoint, vocabulary: Vocabulary | None
 ) -> tuple[Check, tuple[str, ...]]:
-    """Every string of the built-in corpus gives the ids of the model's own tokenizer. Returns the check, and warnings."""
+    """Every string of the built-in corpus gives the ids of the model's own tokenizer. Also returns warnings."""
     if vocabulary is None:
         return _same_keys(file, checkpoint), ()
     reference = vocabulary.reference()
@@ -198,7 +200,8 @@ def _same_keys(file: GgufFile, checkpoint: Checkpoint) -> Check:
 def chat_template(checkpoint: Checkpoint, vocabulary: Vocabulary | None) -> chat.Template | None:
     """The source's default chat template with the texts of its special tokens, or None."""
     if vocabulary is not None:
-        return vocabulary.template()
+        text = vocabulary.chat_template
+        return chat.Template(text, vocabulary.special_texts()) if text is not None else None
     return template_of(checkpoint.gguf) if checkpoint.gguf else None
 
 

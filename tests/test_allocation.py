@@ -47,7 +47,8 @@ def test_a_real_size_hits_the_budget_from_below() -> None:
     for g in range(224):
         weights, weight = int(rng.choice([4096 * 4096, 4096 * 1024, 4096 * 14336])), float(rng.lognormal(0, 1))
         groups[f"g{g}"] = [
-            Option(name, int(weights * b / 8), weight * 4.0**-b * float(rng.uniform(0.8, 1.2))) for name, b in bits.items()
+            Option(name, int(weights * b / 8), weight * 4.0**-b * float(rng.uniform(0.8, 1.2)))
+            for name, b in bits.items()
         ]
     budget = int(sum(o[0].nbytes for o in groups.values()) * 4.5 / 2.6)
     found = allocate(groups, budget)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +85,7 @@ def test_death_between_the_two_renames_is_healed(tmp_path: Path) -> None:
     make(tmp_path / "a", "old")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    os.rename(tmp_path / "a", tmp_path / f".edgekit-partial-a-old-{dead.pid}")
+    (tmp_path / "a").rename(tmp_path / f".edgekit-partial-a-old-{dead.pid}")
     with pytest.raises(ZeroDivisionError), artifact.staging(tmp_path / "a", force=True):
         raise ZeroDivisionError
     assert (tmp_path / "a/m.gguf").read_text() == "old"

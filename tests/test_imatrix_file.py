@@ -19,7 +19,10 @@ EXPERTS = np.arange(8, dtype=np.float32).reshape(2, 4)
 def example() -> Imatrix:
     return Imatrix(
         {"blk.0.attn_q.weight": SUMS, "blk.0.ffn_up_exps.weight": EXPERTS},
-        {"blk.0.attn_q.weight": np.array([2.0], np.float32), "blk.0.ffn_up_exps.weight": np.array([2.0, 0.0], np.float32)},
+        {
+            "blk.0.attn_q.weight": np.array([2.0], np.float32),
+            "blk.0.ffn_up_exps.weight": np.array([2.0, 0.0], np.float32),
+        },
         ("a.txt",),
         3,
         512,
@@ -46,7 +49,9 @@ def test_gguf_py_reads_what_llama_quantize_expects(tmp_path: Path) -> None:
     del tensors, reader
 
 
-def dat(values: bytes = struct.pack("<4f", 2, 4, 6, 8), name: bytes = b"blk.0.attn_q.weight", entries: int = 1) -> bytes:
+def dat(
+    values: bytes = struct.pack("<4f", 2, 4, 6, 8), name: bytes = b"blk.0.attn_q.weight", entries: int = 1
+) -> bytes:
     head = struct.pack("<ii", entries, len(name)) + name + struct.pack("<ii", 2, len(values) // 4)
     return head + values + struct.pack("<ii", 7, 5) + b"b.txt"
 

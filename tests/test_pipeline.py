@@ -17,7 +17,6 @@ from edgekit import artifact, pipeline, verification
 from edgekit.errors import CorruptCheckpoint, DoesNotFit, EdgekitError, OutputExists, UnknownName, VerificationFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.pipeline import Options
-from edgekit.quant import ggml
 from tests import pico
 
 
@@ -93,7 +92,7 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
 
 def test_an_existing_artefact_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
     convert(model, tmp_path / "out", quant="Q8_0", verify="none")
-    with pytest.raises(OutputExists, match="--force|already"):
+    with pytest.raises(OutputExists, match="already"):
         convert(model, tmp_path / "out", quant="Q8_0", verify="none")
 
 
@@ -244,7 +243,8 @@ def test_nothing_heavy_is_imported_for_the_whole_job(model: Path, tmp_path: Path
     code = (
         "import sys; from pathlib import Path; from edgekit import convert, Options;"
         "convert(sys.argv[1], 'rpi5', Options(out=Path(sys.argv[2]), quant='Q8_0'));"
-        "bad = {'torch', 'transformers', 'onnxruntime', 'sentencepiece'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+        "bad = {'torch', 'transformers', 'onnxruntime', 'sentencepiece'} & set(sys.modules);"
+        "sys.exit(str(bad) if bad else 0)"
     )
     run = [sys.executable, "-c", code, str(model), str(tmp_path / "out")]
     assert subprocess.run(run, check=False, env={**os.environ, "PYTHONWARNINGS": "default"}).returncode == 0

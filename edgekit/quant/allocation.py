@@ -30,7 +30,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """One option for every group. `gap` is how far the cost can be from the optimum: 0 unless `limit` cut the search."""
+    """One option for every group. `gap`: how far the cost can be from the optimum, 0 unless `limit` cut the search."""
 
     chosen: Mapping[str, Option]
     nbytes: int
@@ -119,7 +119,9 @@ def _hull_steps(group: int, options: Sequence[Option]) -> list[_Step]:
     steps, i = [], 0
     while i < len(options) - 1:
         here = options[i]
-        j = max(range(i + 1, len(options)), key=lambda k: (here.cost - options[k].cost) / (options[k].nbytes - here.nbytes))
+        j = max(
+            range(i + 1, len(options)), key=lambda k: (here.cost - options[k].cost) / (options[k].nbytes - here.nbytes)
+        )
         steps.append(_Step(group, i, j, options[j].nbytes - here.nbytes, here.cost - options[j].cost))
         i = j
     return steps

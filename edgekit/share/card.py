@@ -1,4 +1,4 @@
-"""The model card (README.md) that travels with an artefact. Knows text only; every figure comes from plan and certificate."""
+"""The model card (README.md) that travels with an artefact. Knows text; figures come from plan and certificate."""
 
 from __future__ import annotations
 
