@@ -23,8 +23,8 @@ class Hub:
     models: dict[str, dict[str, bytes]]
     gated: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
-    status: int = 0
-    """Answer everything with this."""
+    broken: dict[str, int] = field(default_factory=dict)
+    """Repository -> the status that it answers everything with."""
     drop_after: dict[str, int] = field(default_factory=dict)
     """File -> bytes after which the connection breaks, the first time."""
     asked: Counter[str] = field(default_factory=Counter)
@@ -63,8 +63,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, *, body: bool) -> None:
             parts = [unquote(p) for p in urlsplit(self.path).path.strip("/").split("/")]
-            if hub.status:
-                self.refuse(hub.status)
+            broken = [status for repo, status in hub.broken.items() if repo in self.path]
+            if broken:
+                self.refuse(broken[0])
             elif parts[:2] == ["api", "models"]:
                 revision = "/".join(parts[5:]) if parts[4:5] == ["revision"] else "main"
                 self.listing("/".join(parts[2:4]), revision)

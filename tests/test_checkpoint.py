@@ -383,6 +383,7 @@ def test_folders_that_are_something_else(tmp_path: Path, files: dict[str, bytes]
     assert hint in e.value.hint
 
 
+@pytest.mark.slow
 def test_pickle_hint_makes_a_checkpoint(tmp_path: Path) -> None:
     root = folder(tmp_path / "m")
     shared = torch.randn(4, 3)
@@ -698,17 +699,19 @@ def test_demo_is_the_shipped_model_unless_a_folder_has_that_name(
 # --- the hub -------------------------------------------------------------------------------------------------------
 
 FETCH = """
-import json, sys
+import json, os, sys
 from edgekit.checkpoint import open_checkpoint
 from edgekit.errors import EdgekitError
-seen = []
-try:
-    c = open_checkpoint(sys.argv[1], progress=lambda *a: seen.append(a))
-    out = {"name": c.name, "root": str(c.root), "revision": c.revision, "tensors": list(c.tensors),
-           "sum": float(sum(t.load().sum() for t in c.tensors.values())), "card": dict(c.card)}
-except EdgekitError as e:
-    out = {"error": type(e).__name__, "message": str(e), "hint": e.hint}
-print(json.dumps(out | {"seen": seen}))
+for ref, token in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    seen = []
+    try:
+        c = open_checkpoint(ref, progress=lambda *a: seen.append(a))
+        out = {"name": c.name, "revision": c.revision, "tensors": list(c.tensors), "card": dict(c.card),
+               "sum": float(sum(t.load().sum() for t in c.tensors.values()))}
+    except EdgekitError as e:
+        out = {"error": type(e).__name__, "message": str(e), "hint": e.hint}
+    print(json.dumps(out | {"seen": seen}))
 """
 
 MODEL = {
@@ -723,21 +726,23 @@ MODEL = {
 }
 
 
-@pytest.fixture
-def fetch(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Open a hub id in a process of its own: the hub library reads its settings when it is imported."""
+Fetch = Callable[..., list[dict[str, Any]]]
 
-    def run(hub: Hub | None, ref: str, cwd: Path = tmp_path, **env: str) -> dict[str, Any]:
+
+@pytest.fixture
+def fetch(tmp_path: Path) -> Fetch:
+    """Open hub ids, or (id, token), in a process of its own: the hub library reads its settings when imported."""
+
+    def run(hub: Hub | None, *refs: str | tuple[str, str], cwd: Path = tmp_path, **env: str) -> list[dict[str, Any]]:
         settings = {
             "HF_HOME": str(tmp_path / "hf"),
             "HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9",
-            "HF_HUB_OFFLINE": "0",
             "PYTHONPATH": str(Path(__file__).parents[1]),
             "NO_PROXY": "*",
         }
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         done = subprocess.run(
-            [sys.executable, "-c", FETCH, ref],
+            [sys.executable, "-c", FETCH, json.dumps([r if isinstance(r, tuple) else (r, "") for r in refs])],
             cwd=cwd,
             env=clean | settings | env,
             capture_output=True,
@@ -746,33 +751,31 @@ def fetch(tmp_path: Path) -> Callable[..., dict[str, Any]]:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        result: dict[str, Any] = json.loads(done.stdout)
-        return result
+        return [json.loads(line) for line in done.stdout.splitlines()]
 
     return run
 
 
-def test_hub_download_takes_what_is_needed_and_reports_bytes(fetch: Callable[..., dict[str, Any]]) -> None:
+def test_hub_download_takes_what_is_needed_and_reports_bytes(fetch: Fetch) -> None:
     with serve(Hub({"org/Name-1B": MODEL})) as hub:
-        got = fetch(hub, "org/Name-1B")
+        got, again = fetch(hub, "org/Name-1B", "org/Name-1B@v1")
         assert (got["name"], got["revision"], got["tensors"], got["sum"]) == ("Name-1B", COMMIT, ["w"], 300_000)
         assert got["card"] == {"license": "mit"}
         wanted = {"config.json", "tokenizer.json", "README.md", "model.safetensors"}
-        assert set(hub.asked) == wanted
-        total = sum(len(MODEL[n]) for n in wanted)
-        assert {(task, all_) for task, _, all_ in got["seen"]} == {("download org/Name-1B", total)}
-        done = [d for _, d, _ in got["seen"]]
-        assert done == sorted(done)
-        assert done[-1] == total
-        again = fetch(hub, "org/Name-1B@v1")
+        assert hub.asked == dict.fromkeys(wanted, 1)  # the second time from the cache
         assert again["revision"] == COMMIT
-        assert set(hub.asked.values()) == {1}  # from the cache
-    offline = fetch(None, "org/Name-1B")
-    assert offline["sum"] == 300_000
-    assert fetch(None, "org/Name-1B", HF_HUB_OFFLINE="1")["sum"] == 300_000
+    total = sum(len(MODEL[n]) for n in wanted)
+    assert {(task, all_) for task, _, all_ in got["seen"]} == {("download org/Name-1B", total)}
+    done = [d for _, d, _ in got["seen"]]
+    assert done == sorted(done)
+    assert done[-1] == total
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        by_name, by_tag, absent = fetch(None, "org/Name-1B", "org/Name-1B@v1", "org/other", **env)
+        assert by_name["sum"] == by_tag["sum"] == 300_000
+        assert ("HF_HUB_OFFLINE is set" if env else "cannot fetch org/other") in absent["message"]
 
 
-def test_hub_shards_by_index(fetch: Callable[..., dict[str, Any]]) -> None:
+def test_hub_shards_by_index(fetch: Fetch) -> None:
     files = {
         "config.json": b"{}",
         "model.safetensors.index.json": json.dumps({"weight_map": {"a": ONE, "b": TWO}}).encode(),
@@ -780,59 +783,62 @@ def test_hub_shards_by_index(fetch: Callable[..., dict[str, Any]]) -> None:
         TWO: pack(B),
         "consolidated.safetensors": pack(A | B),
     }
-    with serve(Hub({"org/m": files})) as hub:
-        assert fetch(hub, f"{hub.url.replace(hub.url, 'hf://')}org/m")["tensors"] == ["a", "b"]
+    short = files | {"model.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}'}
+    with serve(Hub({"org/m": files, "org/short": short})) as hub:
+        got, refused = fetch(hub, "hf://org/m", "org/short")
+        assert got["tensors"] == ["a", "b"]
         assert "consolidated.safetensors" not in hub.asked
+        assert refused["error"] == "CorruptCheckpoint"
+        assert "gone.safetensors" in refused["message"]
 
 
-def test_hub_dropped_connection_is_resumed(fetch: Callable[..., dict[str, Any]]) -> None:
+def test_hub_dropped_connection_is_resumed(fetch: Fetch) -> None:
     big = pack({"w": ("F32", (6_000_000,), bytes(24_000_000))})  # the hub library takes steps of 10 MiB
     files = MODEL | {"model.safetensors": big}
     with serve(Hub({"org/m": files}, drop_after={"model.safetensors": 21_500_000})) as hub:
-        got = fetch(hub, "org/m")
+        (got,) = fetch(hub, "org/m")
         assert got["tensors"] == ["w"]
         assert hub.ranges == [f"bytes={20 << 20}-"]
         assert hub.sent["model.safetensors"] < 1.1 * len(big)
         assert got["seen"][-1][1] == got["seen"][-1][2]
 
 
-def test_hub_gates(fetch: Callable[..., dict[str, Any]]) -> None:
+def test_hub_gates(fetch: Fetch) -> None:
     with serve(Hub({"org/gated": MODEL, "org/private": MODEL}, gated={"org/gated"}, private={"org/private"})) as hub:
-        for env in ({}, {"HF_TOKEN": "hf_other"}):
-            got = fetch(hub, "org/gated", **env)
-            assert got["error"] == "DownloadFailed"
-            assert f"accept the licence at {hub.url}/org/gated" in got["hint"]
-            assert "export HF_TOKEN" in got["hint"]
-        assert fetch(hub, "org/gated", HF_TOKEN=TOKEN)["sum"] == 300_000
-        assert "private" in fetch(hub, "org/private")["message"]
-        assert fetch(hub, "org/private", HF_TOKEN=TOKEN)["sum"] == 300_000
+        no_token, wrong, hidden, right, shown = fetch(
+            hub, "org/gated", ("org/gated", "hf_other"), "org/private", ("org/gated", TOKEN), ("org/private", TOKEN)
+        )
+    for got in (no_token, wrong):
+        assert got["error"] == "DownloadFailed"
+        assert f"accept the licence at {hub.url}/org/gated" in got["hint"]
+        assert "export HF_TOKEN" in got["hint"]
+    assert "no model 'org/private'" in hidden["message"]
+    assert right["sum"] == shown["sum"] == 300_000
 
 
-def test_hub_failures_are_named(fetch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_hub_failures_are_named(fetch: Fetch, tmp_path: Path) -> None:
     folder(tmp_path / "here" / "org" / "Named-1B", pack(A))
-    with serve(Hub({"org/m": MODEL})) as hub:
-        absent = fetch(hub, "org/Name-1B", cwd=tmp_path / "here")
-        assert absent["error"] == "DownloadFailed"
-        assert "no model 'org/Name-1B'" in absent["message"]
-        assert "org/Named-1B" in absent["hint"]
-        revision = fetch(hub, "org/m@v9")
-        assert "org/m has no revision 'v9'" in revision["message"]
-        hub.status = 503
-        assert "503" in fetch(hub, "org/m")["message"]
-    assert "cannot fetch org/m" in fetch(None, "org/m")["message"]
-    offline = fetch(None, "org/m", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set" in offline["message"]
+    with serve(Hub({"org/m": MODEL}, broken={"org/sick": 503, "org/forbidden": 403})) as hub:
+        refs = ("org/Name-1B", "org/m@v9", "org/sick", "org/forbidden", "org/x--y")
+        absent, revision, sick, forbidden, invalid = fetch(hub, *refs, cwd=tmp_path / "here")
+    assert absent["error"] == "DownloadFailed"
+    assert "no model 'org/Name-1B'" in absent["message"]
+    assert "org/Named-1B" in absent["hint"]
+    assert "org/m has no revision 'v9'" in revision["message"]
+    assert "answered 503" in sick["message"]
+    assert "refused access to org/forbidden" in forbidden["message"]
+    assert "not a hub id" in invalid["message"]
 
 
-def test_hub_refuses_before_the_weights(fetch: Callable[..., dict[str, Any]]) -> None:
+def test_hub_refuses_before_the_weights(fetch: Fetch) -> None:
     gptq = MODEL | {"config.json": b'{"quantization_config": {"quant_method": "gptq", "bits": 4}}'}
     pickles = {k: v for k, v in MODEL.items() if k != "model.safetensors"}
     ggufs = {"README.md": b"", "m-Q4_K_M.gguf": b"x"}
+    says = {"gptq": "GPTQ", "pickles": "only pickles", "ggufs": "GGUF files"}
     with serve(Hub({"org/gptq": gptq, "org/pickles": pickles, "org/ggufs": ggufs})) as hub:
-        for repo, says in (("gptq", "GPTQ"), ("pickles", "only pickles"), ("ggufs", "GGUF files")):
-            got = fetch(hub, f"org/{repo}")
+        for repo, got in zip(says, fetch(hub, *(f"org/{r}" for r in says)), strict=True):
             assert got["error"] == "UnsupportedModel"
-            assert says in got["message"]
+            assert says[repo] in got["message"]
             assert f"org/{repo}" in got["message"]
         assert "model.safetensors" not in hub.asked
         assert "pytorch_model.bin" not in hub.asked
