@@ -341,7 +341,7 @@ def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
             limit = _number(_text(folder / limit_file))
-            if limit and limit < 1 << 60 and (tightest[0] is None or limit < tightest[0]):
+            if limit and (tightest[0] is None or limit < tightest[0]):
                 tightest = limit, _number(_text(folder / used_file))
     return tightest
 

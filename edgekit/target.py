@@ -231,7 +231,7 @@ class Calibration(Fact):
 
 
 _RULES: Mapping[str, Usable] = {
-    "apple-silicon": Usable(share=0.667, source="rule: the GPU may wire 66.7 % of RAM up to 36 GiB and 75 % above"),
+    "apple-silicon": Usable(share=0.6666, source="rule: the GPU may wire 66.7 % of RAM up to 36 GiB and 75 % above"),
     "raspberry-pi": Usable(less_gib=2.0, source="rule: RAM less 2 GiB for the system"),
     "orange-pi": Usable(less_gib=1.5, source="rule: RAM less 1.5 GiB for the system"),
     "jetson": Usable(less_gib=2.8, source="rule: RAM less 2.8 GiB, shared between system, desktop and GPU"),

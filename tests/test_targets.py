@@ -215,6 +215,7 @@ def test_own_file(tmp_path: Path) -> None:
             "exactly one",
         ),
         (("[[backend]]", "[[backends]]"), "backend"),
+        (("[[backend]]", '[[backend]]\nname = "cpu"\nspeed_class = "cuda-pc"\n[[backend]]'), "two backends"),
         (('family = "other"', 'family = "other"\nsources = 3'), "sources"),
         (('title = "My board"', "title ="), "board.toml"),
     ],
