@@ -340,8 +340,10 @@ class Target(Spec):
 
     def with_ram(self, gib: float) -> Self:
         """The same device with `gib` GiB, named `<name>-<gib>gb`. Raises UnknownName for a size it is not sold with."""
-        if self.ram is None:
+        if self.ram is None and 0.1 <= gib <= 4096:
             ram = Ram(gib=(gib,), source="given by the user")
+        elif self.ram is None:
+            raise UnknownName(f"{gib:g} GB is no size of memory", f"write it like {self.name}@16GB")
         elif gib in self.ram.gib:
             ram = self.ram.model_copy(update={"default_gib": gib})
         else:

@@ -238,3 +238,13 @@ def test_prompts_are_forecast(script: Mapping[str, Any], replays: list[Any]) -> 
 
 def test_no_forecast_is_above_the_memory_roof(replays: list[Any]) -> None:
     assert all(r.forecast.decode_tok_s <= r.roof for r in replays if r.roof)
+
+
+def test_docs_hold_the_constants() -> None:
+    """A class's row of docs/forecast.md names its numbers."""
+    docs = (ROOT / "docs" / "forecast.md").read_text(encoding="utf-8")
+    for name, group in CLASSES.items():
+        row = next(line for line in docs.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        numbers = [f"{group.band_pct:.0f} %"]
+        numbers += [f"{group.rate:.1f}"] if group.rate else [f"{group.eta:.2f}", f"{group.overhead_us:.0f}"]
+        assert not [n for n in numbers if n not in row], row

@@ -160,7 +160,7 @@ def test_memory_used_in_the_container_is_not_available(tmp_path: Path) -> None:
     "files",
     [
         {"proc/self/cgroup": "3:pids:/small\n", "sys/fs/cgroup/memory/small/memory.limit_in_bytes": "1000"},
-        {"proc/self/cgroup": "0::/../../../etc\n", "etc/memory.max": "1000"},
+        {"proc/self/cgroup": "0::/../../../etc\n", "etc/memory.max": "1000", "sys/fs/cgroup/x": ""},
         {"proc/self/cgroup": "0::/mine\n", "sys/fs/cgroup/theirs/memory.max": "1000"},
     ],
 )

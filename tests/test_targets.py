@@ -172,6 +172,14 @@ def test_size_that_is_not_sold() -> None:
     with pytest.raises(UnknownName, match="Raspberry Pi 5 with 3 GB") as e:
         Target.load("rpi5@3GB")
     assert "rpi5@16GB" in e.value.hint
+    for ref in ("m5-pro@0GB", "m5-pro@99999999999GB"):
+        with pytest.raises(UnknownName, match="is no size of memory"):
+            Target.load(ref)
+
+
+def test_size_of_an_own_file(tmp_path: Path) -> None:
+    path = write(tmp_path, BOARD.replace("[2]", "[2, 4]"))
+    assert (Target.load(path).ram_gib, Target.load(f"{path}@4GB").name) == (2, "board-4gb")
 
 
 @pytest.mark.parametrize(
