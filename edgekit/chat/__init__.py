@@ -79,9 +79,11 @@ def probe(template: str, **specials: str) -> ChatShape | None:
     """
     today = datetime.now()
 
+    names: dict[str, Any] = dict(specials)
+
     def asker(clock: Clock | None) -> Ask:
         return lambda messages, generation: render(
-            template, messages, add_generation_prompt=generation, clock=clock, **specials
+            template, messages, add_generation_prompt=generation, clock=clock, **names
         )
 
     bos, eos = specials.get("bos_token", ""), specials.get("eos_token", "")

@@ -55,7 +55,7 @@ def render(template: str, variables: Mapping[str, Any], clock: Clock | None) -> 
             return _collect(compiled.generate(names))
     except TemplateFailed:
         raise
-    except _FAILURES + (jinja2.TemplateError,) as e:
+    except (*_FAILURES, jinja2.TemplateError) as e:
         line = _line_of(e)
         raise TemplateFailed(f"chat template{f', line {line}' if line else ''}: {e or type(e).__name__}") from None
 

@@ -17,12 +17,11 @@ from edgekit.vocab import bpe, sentencepiece, special, unigram, wordpiece
 from edgekit.vocab.built import NORMAL, PAD_SCORE, UNUSED, Built, Limit, check_unique
 from edgekit.vocab.equivalent import tokenizer_json
 from edgekit.vocab.files import Added, Files, added_tokens, read_files
-from edgekit.vocab.limits import added_limits
+from edgekit.vocab.limits import added_limits, forced_limits, literal_limits, name_hint
 from edgekit.vocab.probe import Probe
 from edgekit.vocab.protobuf import BPE, UNIGRAM, SentencePiece, read_sentencepiece
 from edgekit.vocab.reference import Reference, TokenizerJson
 from edgekit.vocab.special import KEYS
-from edgekit.vocab.spaces import foreign_normalizers
 
 __all__ = ["Limit", "Probe", "Reference", "Vocabulary", "read_vocabulary"]
 
@@ -54,6 +53,8 @@ class Vocabulary:
     extra: Mapping[str, MetaValue] = field(repr=False, compare=False)
     files: Files = field(repr=False, compare=False)
     spm: SentencePiece | None = field(repr=False, compare=False)
+    lead: str = ""
+    """What a text must begin with for the runtime to see it as the model's tokenizer sees every text."""
     name_hint: str = ""
     """A word that `general.name` must hold for the runtime to treat spaces after special tokens as the model does."""
 
@@ -84,16 +85,19 @@ class Vocabulary:
 
     @property
     def added_texts(self) -> tuple[str, ...]:
-        """Texts of the special and other added tokens, by id."""
-        return tuple(t.content for t in self.added.values() if t.id < self.size)
+        """Texts of the added tokens: those with a role first, then those that are not special, then the rest."""
+        named = [self.tokens[i] for i in dict.fromkeys((*self.ids.values(), *self.stops))]
+        ordered = sorted((t for t in self.added.values() if t.id < self.size), key=lambda t: t.special)
+        return tuple(dict.fromkeys([t for t in named if t.strip()] + [t.content for t in ordered]))
 
     def template(self) -> Template | None:
         """The default chat template with the texts of the special tokens that the model's files name, or None."""
         return None if self.chat_template is None else Template(self.chat_template, self.special_texts())
 
-    def excuse(self, text: str) -> str:
+    def excuse(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> str:
         """Why the runtime's ids for `text` may differ from the model's own, or the empty string."""
-        return next((limit.reason for limit in self.limits if limit.applies(text)), "")
+        how = {"add_special": add_special, "parse_special": parse_special}
+        return next((limit.reason for limit in self.limits if limit.covers(text, **how)), "")
 
     def reference(self) -> Reference:
         """The model's own tokenizer. Raises UnsupportedVocabulary if its library refuses it."""
@@ -168,7 +172,7 @@ def _kind(tokenizer: Mapping[str, Any]) -> str:
 
 
 def _sentencepiece(files: Files) -> SentencePiece | None:
-    """The SentencePiece model, where it is needed: it is all there is, or it has the scores that tokenizer.json lacks."""
+    """The SentencePiece model, where it is all there is, or has the scores that tokenizer.json lacks."""
     if files.spm is None:
         return None
     if files.tokenizer is not None and (_kind(files.tokenizer) != "BPE" or bpe.is_byte_level(files.tokenizer)):
@@ -208,7 +212,10 @@ def _finish(
     frame = special.frame_of(tokenizer, built.tokens) if files.tokenizer else special.frame_of_config(files, model)
     found = special.find(files, built.tokens, frame, _roles(tokenizer, model, built))
     check_unique(built.tokens)
-    limits = [*built.limits, *added_limits(added, bool(foreign_normalizers(tokenizer)))]
+    limits = [*built.limits, *added_limits(added), *special.frame_limits(frame, built.tokens)]
+    limits += [*literal_limits(built.model, added), *forced_limits(built)]
+    if frame.pair_sep and built.model in ("bert", "gpt2"):
+        built.extra["tokenizer.ggml.add_sep_token"] = True
     return Vocabulary(
         model=built.model,
         pre=built.pre,
@@ -227,6 +234,8 @@ def _finish(
         extra=built.extra,
         files=files,
         spm=model,
+        name_hint=name_hint(built, added),
+        lead=built.lead,
     )
 
 

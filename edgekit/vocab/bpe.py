@@ -9,18 +9,20 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from edgekit.corpus import STRINGS
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
-from edgekit.gguf_file import MetaValue
+from edgekit.gguf_file import MetaValue, Typed
 from edgekit.vocab.built import CONTROL, NORMAL, Built, Limit, by_id, fill_holes, type_of
 from edgekit.vocab.files import Added, Files, Json
 from edgekit.vocab.parity import differences, explain
-from edgekit.vocab.pretokenizer import TABLE, Pre, Shape, exact, nearest, shape_of
+from edgekit.vocab.pretokenizer import Pre, Shape, as_json, exact, nearest, pieces, shape_of
 from edgekit.vocab.probe import Probe
 from edgekit.vocab.reference import TokenizerJson
-from edgekit.vocab.spaces import changes, foreign_normalizers, normalizer_limits, parts
+from edgekit.vocab.spaces import foreign_normalizers, normalizer_limits, parts
 
 _HARMLESS = {"NFC"}
 """Normalisers that leave ordinary text of today alone, so that a warning is enough."""
+_WORDS = 2000
 
 
 def is_byte_level(tokenizer: Json) -> bool:
@@ -44,12 +46,10 @@ def build(files: Files, added: Mapping[int, Added]) -> Built:
     if spaced and any(spaced in p for p in pairs):
         raise UnsupportedVocabulary(f"tokenizer.json: a merge holds {spaced!r}; llama.cpp cannot read a space in it")
     built = Built("gpt2", "", fill_holes(texts, types, None), types, merges=list(map(" ".join, pairs)))
-    normalizers = foreign_normalizers(tokenizer)
-    built.limits += normalizer_limits(normalizers)
-    pre = _pre_tokenizer(files, added, built, all(p.get("type") in _HARMLESS for p in normalizers))
+    built.limits += normalizer_limits(foreign_normalizers(tokenizer))
+    pre = _pre_tokenizer(files, added, built)
     built.pre = pre.name
-    if pre.approximate:
-        built.limits.append(_case_limit(pre.approximate))
+    built.limits += _approximations(pre, tokenizer.get("pre_tokenizer"))
     return built
 
 
@@ -72,24 +72,21 @@ def merge_pairs(model: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _dangling(pairs: Sequence[Sequence[str]], vocab: Mapping[str, Any]) -> CorruptCheckpoint:
-    for number, (left, right) in enumerate(pairs):
-        missing = [t for t in (left, right, left + right) if t not in vocab]
-        if missing:
-            break
+    number, text = next((i, t) for i, (a, b) in enumerate(pairs) for t in (a, b, a + b) if t not in vocab)
     return CorruptCheckpoint(
-        f"tokenizer.json: merge {number} ({left!r}, {right!r}) needs a token {missing[0]!r} that is not in the vocabulary",
+        f"tokenizer.json: merge {number} {tuple(pairs[number])} needs the token {text!r}, which does not exist",
         "the file was cut or edited; download it again",
     )
 
 
-def _pre_tokenizer(files: Files, added: Mapping[int, Added], built: Built, ordinary: bool) -> Pre:
+def _pre_tokenizer(files: Files, added: Mapping[int, Added], built: Built) -> Pre:
     """The row of the table that splits as this tokenizer does."""
     tokenizer = files.tokenizer
     assert tokenizer is not None
     shape = shape_of(tokenizer.get("pre_tokenizer"))
     ignore = tokenizer["model"].get("ignore_merges") is True
     rows = exact(shape, ignore)
-    if rows and ordinary and not shape.add_prefix_space and rows[0].ignore_merges == ignore:
+    if rows and _ordinary(tokenizer) and not shape.add_prefix_space and rows[0].ignore_merges == ignore:
         return rows[0]
     candidates = rows or nearest(tokenizer.get("pre_tokenizer"), ignore)
     return _by_behaviour(files, added, built, candidates, shape)
@@ -99,33 +96,41 @@ def _by_behaviour(files: Files, added: Mapping[int, Added], built: Built, rows: 
     """The first candidate that gives the model's own ids for every probe string that no limit covers."""
     assert files.tokenizer is not None
     reference = TokenizerJson(files.tokenizer, added, files.root / "tokenizer.json")
-    tolerated = [limit for limit in built.limits if _is_harmless(files.tokenizer)]
+    tolerated = built.limits if _ordinary(files.tokenizer) else []
+    strings = [*STRINGS, *_some_words(reference, len(built.tokens))]
     best: tuple[int, Pre, str] | None = None
     for row in rows:
-        limits = [*tolerated, *([_case_limit(row.approximate)] if row.approximate else [])]
+        limits = [*tolerated, *_approximations(row, files.tokenizer.get("pre_tokenizer"))]
         with Probe(_trial(built, row.name)) as probe:
-            found = differences(reference, probe, _words(built), limits, add_special=False)
+            found = differences(reference, probe, strings, limits, add_special=False)
         if not found:
             return row
         if best is None or len(found) < best[0]:
             best = len(found), row, explain(found)
     assert best is not None
+    raise _unlike(shape, *best)
+
+
+def _unlike(shape: Shape, count: int, row: Pre, strings: str) -> UnsupportedVocabulary:
     described = shape.why or " then ".join(shape.steps or ()) or "no pre-tokenizer"
-    raise UnsupportedVocabulary(
+    if shape.add_prefix_space:
+        described += ", a space put in front of every text"
+    return UnsupportedVocabulary(
         f"no pre-tokenizer of llama.cpp splits text as this tokenizer.json does ({described[:300]}); the nearest, "
-        f"{best[1].name!r}, differs in {best[0]} probe strings:\n{best[2]}",
-        "train or fine-tune with the pre-tokenizer of Llama 3, Qwen2 or GPT-2, or run the model with transformers",
+        f"{row.name!r}, differs in {count} probe strings:\n{strings}",
+        "run this model with transformers, or train a vocabulary with the pre-tokenizer of Llama 3, Qwen2 or GPT-2",
     )
 
 
-def _is_harmless(tokenizer: Json) -> bool:
+def _ordinary(tokenizer: Json) -> bool:
     return all(p.get("type") in _HARMLESS for p in foreign_normalizers(tokenizer))
 
 
-def _words(built: Built) -> list[str]:
-    from edgekit.corpus import STRINGS
-
-    return list(STRINGS)
+def _some_words(reference: TokenizerJson, size: int) -> list[str]:
+    """Texts of tokens spread over the vocabulary: whether merges are ignored shows in them."""
+    return [
+        text for i in range(0, size, max(1, size // _WORDS)) if (text := reference.decode([i])) and "\ufffd" not in text
+    ]
 
 
 def _trial(built: Built, pre: str) -> dict[str, MetaValue]:
@@ -134,17 +139,15 @@ def _trial(built: Built, pre: str) -> dict[str, MetaValue]:
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": built.tokens,
         "tokenizer.ggml.token_type": built.types,
-        "tokenizer.ggml.merges": built.merges or [],
+        "tokenizer.ggml.merges": built.merges or Typed("array:string", []),
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
     }
 
 
-def _case_limit(how: str) -> Limit:
-    return Limit(f"llama.cpp only approximates how this tokenizer splits words: {how}", _beyond_ascii_case)
-
-
-def _beyond_ascii_case(text: str) -> bool:
-    import unicodedata
-
-    return any(ord(c) > 127 and (unicodedata.category(c) in ("Lu", "Lt", "Lm", "Mn", "Mc", "Me", "Ll", "Lo")) for c in text)
+def _approximations(row: Pre, own: object) -> list[Limit]:
+    if not row.runs:
+        return []
+    runs = as_json(row)
+    reason = "llama.cpp tells capitals only from A to Z, so it cuts some words of other alphabets at another place"
+    return [Limit(reason, lambda text: pieces(own, text) != pieces(runs, text))]

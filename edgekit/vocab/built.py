@@ -24,6 +24,13 @@ class Limit:
     reason: str
     applies: Callable[[str], bool] = field(compare=False)
     """True for a text whose ids may differ for this reason."""
+    only: str = ""
+    """`framed`: only where BOS and EOS are added; `literal`: only where special tokens in a text are plain text."""
+
+    def covers(self, text: str, *, add_special: bool, parse_special: bool) -> bool:
+        if (self.only == "framed" and not add_special) or (self.only == "literal" and parse_special):
+            return False
+        return self.applies(text)
 
 
 @dataclass
@@ -38,6 +45,7 @@ class Built:
     merges: list[str] | None = None
     extra: dict[str, MetaValue] = field(default_factory=dict)
     limits: list[Limit] = field(default_factory=list)
+    lead: str = ""
 
 
 def by_id(vocab: object, added: Mapping[int, Added]) -> list[str | None]:

@@ -11,7 +11,9 @@ from edgekit.vocab.files import Added
 from edgekit.vocab.protobuf import UNIGRAM, SentencePiece
 
 
-def tokenizer_json(model: SentencePiece, added: Mapping[int, Added], before: tuple[int, ...], after: tuple[int, ...]) -> dict[str, Any]:
+def tokenizer_json(
+    model: SentencePiece, added: Mapping[int, Added], before: tuple[int, ...], after: tuple[int, ...]
+) -> dict[str, Any]:
     """`before` and `after` are ids that a text gets around it (BOS, EOS)."""
     return {
         "version": "1.0",
@@ -91,7 +93,10 @@ def _frame(model: SentencePiece, before: tuple[int, ...], after: tuple[int, ...]
 
     first, last = [special(i) for i in before], [special(i) for i in after]
     a, b = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    named = {model.pieces[i][0]: {"id": model.pieces[i][0], "ids": [i], "tokens": [model.pieces[i][0]]} for i in (*before, *after)}
+    named = {
+        model.pieces[i][0]: {"id": model.pieces[i][0], "ids": [i], "tokens": [model.pieces[i][0]]}
+        for i in (*before, *after)
+    }
     return {
         "type": "TemplateProcessing",
         "single": [*first, a, *last],

@@ -67,7 +67,7 @@ class Files:
 
 
 def read_files(root: Path, model_config: Json) -> Files:
-    """Reads what a Hugging Face folder may hold. Raises CorruptCheckpoint, UnsupportedVocabulary if nothing is there."""
+    """What the Hugging Face folder holds. Raises CorruptCheckpoint, UnsupportedVocabulary if there is nothing."""
     config = _object(root / "tokenizer_config.json") or {}
     tokenizer = _object(root / "tokenizer.json") or _from_vocab_and_merges(root, config)
     spm = next((p for name in SENTENCEPIECE_NAMES if (p := root / name).is_file()), None)
@@ -86,7 +86,7 @@ def read_files(root: Path, model_config: Json) -> Files:
 
 
 def added_tokens(files: Files) -> dict[int, Added]:
-    """Added tokens by id: tokenizer.json's own, then those that only tokenizer_config.json or added_tokens.json list."""
+    """Added tokens by id: tokenizer.json's, then those that only tokenizer_config.json or added_tokens.json list."""
     found: dict[int, Added] = {}
     for entry in _entries((files.tokenizer or {}).get("added_tokens"), "tokenizer.json"):
         token = _added(entry.get("id"), entry, "tokenizer.json")
@@ -162,7 +162,7 @@ def _named_specials(files: Files) -> set[str]:
 
 
 def _from_vocab_and_merges(root: Path, config: Json) -> dict[str, Any] | None:
-    """The tokenizer.json that a GPT-2 style vocab.json + merges.txt stand for (byte-level BPE, GPT-2's own splitting)."""
+    """The tokenizer.json that a GPT-2 style vocab.json + merges.txt stand for (byte-level BPE)."""
     vocab, merges_file = _object(root / "vocab.json"), root / "merges.txt"
     if vocab is None or not merges_file.is_file():
         return None

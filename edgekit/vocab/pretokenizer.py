@@ -6,11 +6,14 @@ src/llama-vocab.cpp (b-series vendored by llama-cpp-python 0.3.36) for the names
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from edgekit.corpus import STRINGS
 from edgekit.errors import CorruptCheckpoint
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -23,6 +26,13 @@ _CJK3 = "[一-龥\u3040-ゟ゠-ヿ]+"
 _ASCII_PUNCT = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 
 
+def _as_run(letters: str, contractions: str, digits: str) -> str:
+    """The same rule as llama.cpp writes it: without classes for case, only A-Z and a-z tell it."""
+    upper, lower = rf"((?=[{letters}])([^a-z]))", rf"((?=[{letters}])([^A-Z]))"
+    words = f"{_LEAD}{upper}*{lower}+{contractions}|{_LEAD}{upper}+{lower}*{contractions}"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_TAIL}"
+
+
 def _cased(contractions: str, digits: str) -> str:
     """The two-case word rule of o200k and Tekken."""
     words = f"{_LEAD}{_UPPER}*{_LOWER}+{contractions}|{_LEAD}{_UPPER}+{_LOWER}*{contractions}"
@@ -33,11 +43,10 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 LLAMA3 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}{_PUNCT}{_TAIL}"
 QWEN2 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{_PUNCT}{_TAIL}"
 QWEN35 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{_TAIL}"
-O200K = _cased(_CONTRACTIONS + "?", r"\p{N}{1,3}")
+_O200K_REST = (_CONTRACTIONS + "?", r"\p{N}{1,3}")
+O200K = _cased(*_O200K_REST)
 TEKKEN = _cased("", r"\p{N}")
-DEEPSEEK3 = (
-    rf"{_ASCII_PUNCT}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*{_TAIL}"
-)
+DEEPSEEK3 = rf"{_ASCII_PUNCT}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*{_TAIL}"
 _BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
 
@@ -48,10 +57,9 @@ class Pre:
     name: str
     steps: tuple[str, ...]
     ignore_merges: bool = False
-    approximate: str = ""  # how the runtime's own regexes fall short of `steps`; empty where they do not
+    runs: tuple[str, ...] = ()
+    """The regexes that the runtime has in place of `steps`, where they are not the same."""
 
-
-_CASE_NOTE = "capital letters beyond A-Z inside a word do not start a new piece, combining marks end one"
 
 TABLE: tuple[Pre, ...] = (
     Pre("gpt-2", (GPT2,)),
@@ -64,9 +72,9 @@ TABLE: tuple[Pre, ...] = (
     Pre("falcon", (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     Pre("deepseek-v3", (r"\p{N}{1,3}", _CJK3, DEEPSEEK3)),
     Pre("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")),
-    Pre("tekken", (TEKKEN,), ignore_merges=True, approximate=_CASE_NOTE),
-    Pre("granite-embed-multi-97m", (O200K,), ignore_merges=True, approximate=_CASE_NOTE),
-    Pre("gpt-4o", (O200K,), approximate=_CASE_NOTE),
+    Pre("tekken", (TEKKEN,), ignore_merges=True, runs=(_as_run(r"\p{L}", "", r"\p{N}"),)),
+    Pre("granite-embed-multi-97m", (O200K,), ignore_merges=True, runs=(_as_run(r"\p{L}\p{M}", *_O200K_REST),)),
+    Pre("gpt-4o", (O200K,), runs=(_as_run(r"\p{L}", *_O200K_REST),)),
     Pre("seed-coder", (rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+{_TAIL}",)),
     Pre("ufakzeka", (rf"{_LETTERS}|\p{{N}}{_PUNCT}{_TAIL}",)),
     Pre("bailingmoe", (rf"'(?i:[sdmt]|ll|ve|re)|{_LETTERS}|\p{{N}}{_PUNCT}|\s*[\r\n]|\s+(?!\S)|\s+",)),
@@ -76,7 +84,7 @@ TABLE: tuple[Pre, ...] = (
     Pre("viking", (_BLOOM, r"\p{N}")),
     Pre("default", (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 )
-"""One row for every way of splitting. Rows of the same `steps` differ in `ignore_merges`; the first of them is preferred.
+"""One row for every way of splitting. Rows of the same `steps` differ in `ignore_merges`; the first one is preferred.
 Other names of llama.cpp are aliases of these (`dbrx` of `smaug-bpe`, `starcoder` and `refact` of `smollm`, ...)."""
 
 
@@ -102,7 +110,7 @@ def shape_of(pre_tokenizer: object) -> Shape:
             continue
         step = _step(part)
         if step is None:
-            why = f"{kind} {({k: v for k, v in part.items() if k != 'type'})}"
+            why = f"{kind} { ({k: v for k, v in part.items() if k != 'type'}) }"
         else:
             steps.append(step)
     return Shape(None if why else tuple(canonical(s) for s in steps), prefix, why)
@@ -176,29 +184,37 @@ def _step(part: Mapping[str, Any]) -> str | None:
 
 def nearest(pre_tokenizer: object, ignore_merges: bool, keep: int = 3) -> list[Pre]:
     """The rows that cut the probe corpus most like `pre_tokenizer`, as the `tokenizers` library runs both."""
-    from edgekit.corpus import STRINGS
-
-    own = _pieces(pre_tokenizer, STRINGS)
+    own = [pieces(pre_tokenizer, text) for text in STRINGS]
     scored = []
     for order, row in enumerate(TABLE):
-        steps = [
-            {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False} for step in row.steps
-        ]
-        split = {"type": "Sequence", "pretokenizers": [*steps, _BYTES]}
-        differ = sum(a != b for a, b in zip(own, _pieces(split, STRINGS), strict=True))
+        runs = as_json(row)
+        differ = sum(a != pieces(runs, text) for a, text in zip(own, STRINGS, strict=True))
         scored.append((differ, row.ignore_merges != ignore_merges, order))
     return [TABLE[order] for _, _, order in sorted(scored)[:keep]]
+
+
+def as_json(row: Pre) -> dict[str, Any]:
+    """The pre_tokenizer object that splits as the runtime does under this name."""
+    steps = [
+        {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
+        for step in row.runs or row.steps
+    ]
+    return {"type": "Sequence", "pretokenizers": [*steps, _BYTES]}
 
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def _pieces(pre_tokenizer: object, texts: Sequence[str]) -> list[list[str]]:
-    import json
+def pieces(pre_tokenizer: object, text: str) -> list[str]:
+    """The pieces that a pre_tokenizer object of a tokenizer.json cuts `text` into."""
+    splitter = _splitter(json.dumps(pre_tokenizer))
+    return [piece for piece, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
 
+
+@lru_cache(maxsize=64)
+def _splitter(pre_tokenizer: str) -> Any:
     from tokenizers import Tokenizer, models
 
     shell = json.loads(Tokenizer(models.BPE()).to_str())
-    shell["pre_tokenizer"] = pre_tokenizer
-    splitter = Tokenizer.from_str(json.dumps(shell)).pre_tokenizer
-    return [[piece for piece, _ in splitter.pre_tokenize_str(text)] if splitter else [text] for text in texts]
+    shell["pre_tokenizer"] = json.loads(pre_tokenizer)
+    return Tokenizer.from_str(json.dumps(shell)).pre_tokenizer

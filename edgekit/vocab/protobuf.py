@@ -1,6 +1,6 @@
 """SentencePiece's `tokenizer.model`, read without protobuf. Knows the wire format and the few fields that matter here.
 
-Field numbers from google/sentencepiece `sentencepiece_model.proto`; encoding from protobuf.dev/programming-guides/encoding.
+Field numbers: google/sentencepiece `sentencepiece_model.proto`. Encoding: protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations

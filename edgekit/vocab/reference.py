@@ -27,7 +27,7 @@ class TokenizerJson:
     def __init__(self, tokenizer: Mapping[str, Any], added: Mapping[int, Added], where: Path) -> None:
         from tokenizers import AddedToken, Tokenizer
 
-        bare = dict(tokenizer) | {"truncation": None, "padding": None}
+        bare = _numbered(dict(tokenizer) | {"truncation": None, "padding": None})
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(bare))
         except Exception as e:  # noqa: BLE001 - the Rust library raises plain Exception for everything it cannot parse
@@ -44,3 +44,16 @@ class TokenizerJson:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _numbered(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The library numbers added tokens anew, whatever ids the file gives, unless the vocabulary holds them."""
+    vocab = tokenizer.get("model", {}).get("vocab")
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(vocab, dict):
+        return tokenizer
+    beyond = sorted(t["id"] for t in added if t["content"] not in vocab)
+    if beyond == list(range(len(vocab), len(vocab) + len(beyond))):
+        return tokenizer
+    full = vocab | {t["content"]: t["id"] for t in added}
+    return tokenizer | {"model": dict(tokenizer["model"]) | {"vocab": full}}

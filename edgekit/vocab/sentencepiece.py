@@ -1,8 +1,7 @@
 """SentencePiece BPE for llama.cpp's `llama` vocabulary: pieces with scores, from tokenizer.model or tokenizer.json.
 
-llama.cpp (`llm_tokenizer_spm`) joins the pair of neighbours whose joint text has the highest score. tokenizer.json lists
-pairs by rank instead; a token's score is minus the rank of the first merge that makes it, the order SentencePiece's own
-scores have.
+llama.cpp (`llm_tokenizer_spm`) joins the neighbours whose joint text has the highest score. tokenizer.json lists pairs by
+rank instead: a token's score is minus the rank of the first merge that makes it, as in SentencePiece's own files.
 """
 
 from __future__ import annotations
@@ -13,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
 from edgekit.vocab.bpe import merge_pairs
 from edgekit.vocab.built import (
-    BYTE, CONTROL, NORMAL, PAD_SCORE, SPACE, UNKNOWN, UNUSED, USER_DEFINED, Built, Limit, by_id, fill_holes, type_of,
+    BYTE,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Built,
+    Limit,
+    by_id,
+    fill_holes,
+    type_of,
 )  # fmt: skip
 from edgekit.vocab.files import Added, Files
 from edgekit.vocab.protobuf import SentencePiece
@@ -32,8 +40,8 @@ def from_json(files: Files, added: Mapping[int, Added], model: SentencePiece | N
     bpe = tokenizer["model"]
     if not bpe.get("byte_fallback"):
         raise UnsupportedVocabulary(
-            "tokenizer.json: a BPE model that neither works on bytes (ByteLevel) nor falls back to them (byte_fallback) "
-            "has no counterpart in llama.cpp"
+            "tokenizer.json: a BPE model that neither works on bytes (ByteLevel) nor falls back to them "
+            "(byte_fallback) has no counterpart in llama.cpp"
         )
     tokens = by_id(bpe.get("vocab"), added)
     pairs = merge_pairs(bpe)
@@ -45,12 +53,36 @@ def from_json(files: Files, added: Mapping[int, Added], model: SentencePiece | N
     else:
         scores = _scores(tokens, pairs)
     spell_user_defined(tokens, types)
-    spaces = spaces_of(tokenizer)
     built = Built("llama", "default", fill_holes(tokens, types, None), types, scores)
-    built.extra["tokenizer.ggml.add_space_prefix"] = spaces.prefix != "never"
     built.limits += normalizer_limits(foreign_normalizers(tokenizer))
-    built.limits += _space_limits(spaces, added)
+    _set_spaces(built, spaces_of(tokenizer), added, chats=bool(files.templates))
     return built
+
+
+def _set_spaces(built: Built, spaces: Spaces, added: Mapping[int, Added], *, chats: bool) -> None:
+    """llama.cpp puts a space before a text and after every special token, or never; the library can do either alone.
+
+    With `first` (a space only before the text) a chat prompt, which begins with a special token, needs never, a bare text
+    needs always. A model with a chat template is used through it.
+    """
+    prefixed = spaces.prefix != "never" and not (spaces.prefix == "first" and chats)
+    built.extra["tokenizer.ggml.add_space_prefix"] = prefixed
+    texts = tuple(t.content for t in added.values() if t.content)
+    if spaces.prefix in ("unless", "first") and prefixed:
+        reason = "a text that begins with a space gets no second one in the model's tokenizer; in llama.cpp it does"
+        built.limits.append(Limit(reason, lambda text: text.startswith((" ", SPACE))))
+    if spaces.prefix == "first" and prefixed:
+        reason = "after a special token the model's tokenizer adds no space; llama.cpp does"
+        built.limits.append(Limit(reason, lambda text: any(t in text for t in texts)))
+    if spaces.prefix == "first" and not prefixed:
+        built.lead = " "
+        reason = (
+            "the model's tokenizer puts a space before a text; llama.cpp, set for chat, does not: begin with a space"
+        )
+        built.limits.append(Limit(reason, lambda text: not text.startswith((" ", SPACE, *texts))))
+    if any(kind == USER_DEFINED and text.isspace() for kind, text in zip(built.types, built.tokens, strict=True)):
+        reason = "the sign U+2581 in a text is not a space in llama.cpp"
+        built.limits.append(Limit(reason, lambda text: SPACE in text))
 
 
 def lay_over(model: SentencePiece, added: Mapping[int, Added]) -> Laid:
@@ -81,10 +113,14 @@ def from_model(model: SentencePiece, laid: Laid) -> Built:
     built = Built("llama", "default", fill_holes(tokens, types, None), types, scores)
     built.extra["tokenizer.ggml.add_space_prefix"] = model.add_dummy_prefix
     if model.remove_extra_whitespaces:
-        built.limits.append(Limit("the model's tokenizer drops repeated spaces; llama.cpp keeps them", _has_extra_spaces))
+        built.limits.append(
+            Limit("the model's tokenizer drops repeated spaces; llama.cpp keeps them", _has_extra_spaces)
+        )
     if model.charsmap:
         name = model.normalizer or "precompiled"
-        built.limits.append(Limit(f"llama.cpp does not apply the {name} normalisation of the model", lambda t: not t.isascii()))
+        built.limits.append(
+            Limit(f"llama.cpp does not apply the {name} normalisation of the model", lambda t: not t.isascii())
+        )
     return built
 
 
@@ -127,24 +163,6 @@ def _same_pieces(tokens: Sequence[str | None], model: SentencePiece) -> bool:
     return len(model.pieces) <= len(tokens) and all(
         kind not in (NORMAL, BYTE) or tokens[i] == text for i, (text, _, kind) in enumerate(model.pieces)
     )
-
-
-def _space_limits(spaces: Spaces, added: Mapping[int, Added]) -> list[Limit]:
-    if spaces.prefix == "unless":
-        return [Limit("a text that begins with a space gets no second one in the model's tokenizer, one in llama.cpp", _opens_with_space)]
-    if spaces.prefix == "first":
-        texts = tuple(t.content for t in added.values())
-        return [
-            Limit(
-                "after a special token the model's tokenizer adds no space; llama.cpp does",
-                lambda text: text.startswith(" ") or any(t in text for t in texts),
-            )
-        ]
-    return []
-
-
-def _opens_with_space(text: str) -> bool:
-    return text.startswith((" ", SPACE))
 
 
 def _has_extra_spaces(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""How a tokenizer.json treats spaces and normalises text, and which part of it llama.cpp can do. Knows no vocabulary."""
+"""How a tokenizer.json treats spaces and normalises text, and what of it llama.cpp can do. Knows no vocabulary."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _is_space_swap(part: Part) -> bool:
 
 
 def foreign_normalizers(tokenizer: Mapping[str, Any]) -> list[Part]:
-    """Normaliser parts that are not about spaces: llama.cpp does none of them for BPE and SentencePiece vocabularies."""
+    """Normaliser parts that are not about spaces: llama.cpp does none for BPE and SentencePiece vocabularies."""
     known = {"Prepend"}
     return [
         part
@@ -66,7 +66,9 @@ def _is_marker(part: Part) -> bool:
     """A replacement of a text that nobody types (ChatGLM's `<!dummy-prefix!>`) by the space sign."""
     pattern = part.get("pattern")
     text = pattern.get("String", "") if isinstance(pattern, dict) else ""
-    return part.get("type") == "Replace" and part.get("content") == SPACE and text.startswith("<!") and text.endswith("!>")
+    return (
+        part.get("type") == "Replace" and part.get("content") == SPACE and text.startswith("<!") and text.endswith("!>")
+    )
 
 
 def normalizer_limits(normalizers: list[Part]) -> list[Limit]:
@@ -74,7 +76,9 @@ def normalizer_limits(normalizers: list[Part]) -> list[Limit]:
     if not normalizers:
         return []
     names = " and ".join(dict.fromkeys(str(p.get("type")) for p in normalizers))
-    reason = f"llama.cpp has no {names} normaliser for this kind of vocabulary: text that it would change keeps its form"
+    reason = (
+        f"llama.cpp has no {names} normaliser for this kind of vocabulary: text that it would change keeps its form"
+    )
     return [Limit(reason, changes(normalizers))]
 
 

@@ -1,4 +1,4 @@
-"""Which token begins, ends, pads a text, and whether the tokenizer adds it by itself. Knows llama.cpp's keys for them."""
+"""Which token begins, ends, pads a text, and whether the tokenizer adds it. Knows llama.cpp's keys for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgekit.vocab.built import Limit
 from edgekit.vocab.files import Files
 from edgekit.vocab.protobuf import SentencePiece
 from edgekit.vocab.spaces import parts
@@ -49,8 +50,9 @@ _BY_TEXT = {
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
-"""llama.cpp finds these by their text when no key names them, in the order of a hash table; named here, it is settled."""
+"""llama.cpp finds these by their text when no key names them, in a hash table's order; named here, it is settled."""
 
+ROLE_TEXTS = frozenset(t for texts in _BY_TEXT.values() for t in texts)
 STOP_TEXTS = frozenset(
     (
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
@@ -77,7 +79,6 @@ class Specials:
     ids: dict[str, int]
     add_bos: bool
     add_eos: bool
-    add_sep: bool | None
     stops: tuple[int, ...]
     warnings: list[str] = field(default_factory=list)
 
@@ -100,12 +101,14 @@ def frame_of(tokenizer: Mapping[str, Any], tokens: Sequence[str | None]) -> Fram
 
 
 def frame_of_config(files: Files, model: SentencePiece | None) -> Frame:
-    """Without tokenizer.json: add_bos_token and add_eos_token of tokenizer_config.json; SentencePiece users expect a BOS."""
+    """Without tokenizer.json: what tokenizer_config.json says; a BOS and no EOS where it says nothing."""
     bos = files.config.get("add_bos_token", True) is True
     eos = files.config.get("add_eos_token", False) is True
     if model is None:
         return Frame()
-    return Frame((model.bos_id,) if bos and model.bos_id >= 0 else (), (model.eos_id,) if eos and model.eos_id >= 0 else ())
+    return Frame(
+        (model.bos_id,) if bos and model.bos_id >= 0 else (), (model.eos_id,) if eos and model.eos_id >= 0 else ()
+    )
 
 
 def _template(part: Mapping[str, Any], tokens: Sequence[str | None]) -> tuple[list[int], list[int]]:
@@ -132,17 +135,26 @@ def _pair_needs_sep(part: Mapping[str, Any]) -> bool:
     return kinds[start + 1] != "Sequence"
 
 
+def frame_limits(frame: Frame, tokens: Sequence[str | None]) -> list[Limit]:
+    """More than one token on a side is more than llama.cpp adds."""
+    if len(frame.before) <= 1 and len(frame.after) <= 1:
+        return []
+    before, after = [tokens[i] for i in frame.before], [tokens[i] for i in frame.after]
+    return [
+        Limit(
+            f"the tokenizer puts {before} before and {after} after a text; llama.cpp adds at most one on each side: "
+            "write them into the prompt, as the chat template does",
+            lambda text: True,
+            "framed",
+        )
+    ]
+
+
 def find(files: Files, tokens: Sequence[str | None], frame: Frame, roles: Mapping[str, int]) -> Specials:
     """Ids by role. `roles` are those that the vocabulary itself names (a SentencePiece model, a model's unk_token)."""
     ids = _by_name(files, tokens, roles)
     index = {t: i for i, t in enumerate(tokens) if t}
     warnings: list[str] = []
-    if len(frame.before) > 1 or len(frame.after) > 1:
-        shown = [tokens[i] for i in frame.before], [tokens[i] for i in frame.after]
-        warnings.append(
-            f"the tokenizer puts {shown[0]} before and {shown[1]} after a text; llama.cpp adds at most one token on "
-            "each side: write them into the prompt (the chat template does)"
-        )
     one_before, one_after = len(frame.before) == 1, len(frame.after) == 1
     if one_before:
         ids["bos"] = frame.before[0]
@@ -158,7 +170,7 @@ def find(files: Files, tokens: Sequence[str | None], frame: Frame, roles: Mappin
         ids["eos"] = ids["eot"]
     if "bos" not in ids and "eos" in ids:
         ids["bos"] = ids["eos"]  # else llama.cpp takes token 11 of a BPE vocabulary, whatever that is
-    return Specials(ids, one_before, one_after, None, tuple(stops), warnings)
+    return Specials(ids, one_before, one_after, tuple(stops), warnings)
 
 
 def _by_name(files: Files, tokens: Sequence[str | None], roles: Mapping[str, int]) -> dict[str, int]:

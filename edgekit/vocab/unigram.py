@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import itertools
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
 from edgekit.gguf_file import MetaValue, Typed
-from edgekit.vocab.built import NORMAL, PAD_SCORE, SPACE, UNKNOWN, Built, by_id, type_of
+from edgekit.vocab.built import NORMAL, PAD_SCORE, SPACE, UNKNOWN, Built, Limit, by_id, fill_holes, type_of
 from edgekit.vocab.files import Added, Json
 from edgekit.vocab.protobuf import SentencePiece
 from edgekit.vocab.spaces import Part, parts
@@ -32,16 +34,23 @@ def from_json(tokenizer: Json, added: Mapping[int, Added]) -> Built:
     if isinstance(unk, int) and 0 <= unk < len(types):
         types[unk] = UNKNOWN
     prefix, merge_spaces = _spaces(tokenizer)
-    return _built(tokens, scores, types, _charsmap(tokenizer), prefix, merge_spaces)
+    built = _built(tokens, scores, types, _charsmap(tokenizer), prefix, merge_spaces)
+    return _without_bytes(built) if model.get("byte_fallback") else built
 
 
-def from_model(
-    model: SentencePiece, laid: tuple[list[str | None], list[float], list[int]]
-) -> Built:
+def from_model(model: SentencePiece, laid: tuple[list[str | None], list[float], list[int]]) -> Built:
     """`laid` are texts, scores, types with the added tokens already over them."""
     if model.whitespace_as_suffix or not model.escape_whitespaces:
         raise UnsupportedVocabulary("the SentencePiece model treats whitespace as a suffix or does not escape it")
-    return _built(*laid, model.charsmap, model.add_dummy_prefix, model.remove_extra_whitespaces)
+    built = _built(*laid, model.charsmap, model.add_dummy_prefix, model.remove_extra_whitespaces)
+    return _without_bytes(built) if model.byte_fallback else built
+
+
+def _without_bytes(built: Built) -> Built:
+    known = set("".join(built.tokens)) | {" "}
+    reason = "characters that are not in the vocabulary are bytes in the model's tokenizer, unknown in llama.cpp"
+    built.limits.append(Limit(reason, lambda text: not known.issuperset(text)))
+    return built
 
 
 def _built(
@@ -53,11 +62,22 @@ def _built(
     }
     if charsmap:
         extra["tokenizer.ggml.precompiled_charsmap"] = Typed("array:uint8", list(charsmap))
-    return Built("t5", "default", tokens, types, scores, extra=extra)  # type: ignore[arg-type]
+    built = Built("t5", "default", fill_holes(tokens, types, None), types, scores, extra=extra)
+    if charsmap:
+        reason = "SentencePiece's rules reach stacked marks and U+0085 in llama.cpp, not in the tokenizers library"
+        built.limits.append(Limit(reason, _is_stacked))
+    return built
+
+
+def _is_stacked(text: str) -> bool:
+    marks = [unicodedata.combining(c) != 0 for c in text]
+    return "\x85" in text or any(a and b for a, b in itertools.pairwise(marks))
 
 
 def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int | float)
+    return (
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int | float)
+    )
 
 
 def _charsmap(tokenizer: Json) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 
 from edgekit.errors import UnsupportedVocabulary
 from edgekit.gguf_file import MetaValue
-from edgekit.vocab.built import NORMAL, SPACE, Built, Limit, by_id, type_of
+from edgekit.vocab.built import NORMAL, SPACE, Built, Limit, by_id, fill_holes, type_of
 from edgekit.vocab.files import Added, Json
 from edgekit.vocab.spaces import parts
 
@@ -23,8 +24,7 @@ def build(tokenizer: Json, added: Mapping[int, Added]) -> Built:
     texts = by_id(model.get("vocab"), added)
     types = [NORMAL] * len(texts)
     for number, token in added.items():
-        # [UNK] too: llama.cpp's own files have it as a control token, and it takes the id from its key
-        types[number] = max(type_of(token, None), 3) if token.special else type_of(token, None)
+        types[number] = type_of(token, None)
     tokens: list[str | None] = [
         t if t is None or number in added else (t[2:] if t.startswith(_PREFIX) and len(t) > 2 else SPACE + t)
         for number, t in enumerate(texts)
@@ -35,13 +35,31 @@ def build(tokenizer: Json, added: Mapping[int, Added]) -> Built:
         "tokenizer.ggml.normalizer.strip_accents": strip,
     }
     longest = int(model.get("max_input_chars_per_word", 100))
+    built = Built("bert", "default", fill_holes(tokens, types, None), types, extra=extra)
+    built.limits = _limits(longest, strip)
+    return built
+
+
+def _limits(longest: int, strips_accents: bool) -> list[Limit]:
     limits = [
         Limit(
-            f"a word of more than {longest} characters is one unknown token in the model's tokenizer, pieces in llama.cpp",
+            f"a word of more than {longest} characters is unknown to the model's tokenizer, not to llama.cpp",
             lambda text: any(len(word) > longest for word in text.split()),
-        )
+        ),
+        Limit(
+            "llama.cpp takes U+000B, U+000C, U+0085 for spaces and U+2581 for the start of a word, "
+            "unlike the model's tokenizer",
+            lambda text: any(c in text for c in "\x0b\x0c\x85\u2581"),
+        ),
     ]
-    return Built("bert", "default", tokens, types, extra=extra, limits=limits)  # type: ignore[arg-type]
+    if strips_accents:
+        reason = "llama.cpp strips more marks than accents: vowel signs, enclosing marks, parts of Hangul syllables"
+        limits.append(Limit(reason, lambda text: any(map(_is_more_than_accent, text))))
+    return limits
+
+
+def _is_more_than_accent(c: str) -> bool:
+    return unicodedata.category(c) in ("Mc", "Me") or unicodedata.name(c, "").startswith("HANGUL")
 
 
 def _case(tokenizer: Json) -> tuple[bool, bool]:
