@@ -211,7 +211,7 @@ def check_template(file: GgufFile, checkpoint: Checkpoint, vocabulary: Vocabular
     if source is None or copy is None:
         if source is not copy:
             raise VerificationFailed("the chat template did not reach the file", _REPORT)
-        return Check("chat template", "the model has none")
+        return Check("chat template", "no chat template, in the source and here")
     same = 0
     for messages in CONVERSATIONS:
         wanted, got = _rendered(source, messages), _rendered(copy, messages)

@@ -1,0 +1,271 @@
+"""What a model is read with to learn which weights matter: text of the user's, or text that the model writes itself.
+
+Gives token ids in chunks, and the statistics of reading them, kept in a cache by content. Chooses no format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import chat, corpus
+from edgekit.errors import EdgekitError, VerificationFailed
+from edgekit.imatrix_file import Imatrix, open_imatrix, write_imatrix
+from edgekit.runtime import Session, activations
+from edgekit.runtime.llama_cpp import LlamaSession
+from edgekit.units import Progress, silent
+
+CHUNK = 512
+"""Tokens read as one text: what llama-imatrix takes unless told otherwise."""
+
+SHORTEST = 256
+"""Tokens below which a calibration text says too little to be used."""
+
+FEW = 32
+"""Tokens that a matrix or expert must have seen for its importance to mean something."""
+
+OPENINGS = (
+    "Explain in simple words how a bicycle stays upright.",
+    "Write a short story about a lighthouse keeper.",
+    "List five uses of salt, with one sentence for each.",
+    "What is the difference between a list and a tuple in Python?",
+    "Translate into French: The train leaves at nine.",
+    "Summarise the water cycle.",
+    "Write a function that reverses a string.",
+    "Give me a recipe for tomato soup.",
+    "Who were the main figures of the French Revolution?",
+    "Plan a weekend in a small town by the sea.",
+    "How does vaccination protect people?",
+    "Solve step by step: 17 * 23 - 45.",
+    "Write an e-mail asking for a refund.",
+    "What should I look at when I buy a used car?",
+    "Describe the taste of coffee to somebody who never had any.",
+    "Write a SQL query for the ten newest customers.",
+)
+"""How self-written texts begin where the model has a chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Calibration text as token ids: `chunks` of at most CHUNK, each a text of its own; `name` for the manifest."""
+
+    name: str
+    chunks: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.chunks))
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the ids."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks:
+            digest.update(np.asarray([len(chunk), *chunk], "<i4").tobytes())
+        return digest.hexdigest()
+
+
+# --- text of the user's ----------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path, session: Session, template: chat.Template | None, *, limit: int | None = None) -> Text:
+    """Text or `.jsonl` of chats, as ids. `limit` bounds the tokens. Raises EdgekitError naming the line."""
+    texts = [_render(line, where, template) for line, where in _records(path)] if _is_jsonl(path) else [_plain(path)]
+    return Text(path.name, tuple(_enough(_cut(texts, session, limit), path.name)))
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".ndjson")
+
+
+def _plain(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise EdgekitError(f"{path}: byte {e.start} is not UTF-8", "save the text as UTF-8") from None
+    except OSError as e:
+        raise EdgekitError(f"cannot read {path}: {e.strerror}", "--calibration FILE, self or none") from None
+
+
+def _records(path: Path) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(_plain(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield json.loads(line), where
+        except ValueError as e:
+            raise EdgekitError(f"{where} is not JSON: {e}", 'write {"messages": [...]} or {"text": "..."}') from None
+
+
+def _render(record: Any, where: str, template: chat.Template | None) -> str:
+    """One record: `messages` (role and content), `conversations` (from and value), or `text`."""
+    if isinstance(record, Mapping):
+        if isinstance(record.get("text"), str):
+            return str(record["text"])
+        messages = _messages(record)
+        if messages:
+            if template is None:
+                return "\n\n".join(m["content"] for m in messages)
+            return template.render(messages, add_generation_prompt=False)
+    raise EdgekitError(f"{where} holds no chat and no text", 'write {"messages": [...]} or {"text": "..."}')
+
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _messages(record: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    turns = record.get("messages") or record.get("conversations")
+    if isinstance(turns, list):
+        found = [_turn(t) for t in turns if isinstance(t, Mapping)]
+        return [t for t in found if t] if len(found) == len(turns) and all(found) else []
+    if isinstance(record.get("prompt"), str):
+        answer = next((record[k] for k in ("response", "completion") if isinstance(record.get(k), str)), "")
+        asked = {"role": "user", "content": record["prompt"]}
+        return [asked, {"role": "assistant", "content": answer}] if answer else [asked]
+    return []
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        return {}
+    return {"role": _ROLES.get(role, role), "content": content}
+
+
+def _cut(texts: Sequence[str], session: Session, limit: int | None) -> Iterator[tuple[int, ...]]:
+    """Chunks of CHUNK ids, of all texts in a row; the last one may be shorter."""
+    ids: list[int] = []
+    given, most = 0, limit if limit is not None else 1 << 62
+    for text in texts:
+        ids += session.tokenize(text, add_special=True)
+        while len(ids) >= CHUNK and given < most:
+            yield tuple(ids[:CHUNK])
+            ids, given = ids[CHUNK:], given + CHUNK
+        if given >= most:
+            return
+    if ids:
+        yield tuple(ids[: max(1, most - given)])
+
+
+def _enough(chunks: Iterator[tuple[int, ...]], name: str) -> list[tuple[int, ...]]:
+    found = list(chunks)
+    tokens = sum(map(len, found))
+    if tokens < SHORTEST:
+        raise EdgekitError(
+            f"{name} has {tokens} tokens; at least {SHORTEST} are needed to calibrate", "give more text, or use self"
+        )
+    # a short rest at the end would count as a text of its own
+    return found if len(found[-1]) >= SHORTEST // 4 or len(found) == 1 else found[:-1]
+
+
+# --- text of the model's own -----------------------------------------------------------------------------------------
+
+
+def write_text(
+    session: Session, template: chat.Template | None, tokens: int, *, seed: int = 0, progress: Progress = silent
+) -> Text:
+    """About `tokens` tokens that the model writes itself: sampled at temperature 1, so that it says what it believes.
+
+    Texts begin with a question in the model's template, and every other one with a few words of the built-in prose:
+    a model without a template gets only those. The same seed gives the same text.
+    """
+    chunks: list[tuple[int, ...]] = []
+    done = number = 0
+    while done < tokens:
+        prompt = _opening(session, template, number)
+        room = min(CHUNK, session.n_ctx, tokens - done + len(prompt)) - len(prompt)
+        written = session.generate(
+            prompt, max(8, room), temperature=1.0, top_k=0, top_p=1.0, min_p=0.02, seed=seed + number
+        )
+        chunk = (*prompt, *written)
+        chunks.append(chunk)
+        done, number = done + len(chunk), number + 1
+        progress("write text", min(done, tokens), tokens)
+    return Text(f"self, seed {seed}", tuple(chunks))
+
+
+def _opening(session: Session, template: chat.Template | None, number: int) -> list[int]:
+    if template is not None and number % 2 == 0:
+        question = OPENINGS[number // 2 % len(OPENINGS)]
+        text = template.render([{"role": "user", "content": question}])
+        bos = template.specials.get("bos_token")
+        return session.tokenize(text, add_special=not (bos and text.startswith(bos)))[: CHUNK // 2]
+    words = corpus.TEXT.split()
+    start = number * 97 % max(1, len(words) - 8)
+    return session.tokenize(" ".join(words[start : start + 6]), add_special=True)
+
+
+# --- reading it ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What reading gave: the importance matrix, and second moments for the names asked for, float32 (cols, cols)."""
+
+    imatrix: Imatrix
+    moments: Mapping[str, activations.Moment]
+    tokens: int
+    warnings: tuple[str, ...] = ()
+
+
+def cache_dir() -> Path:
+    """Where statistics are kept: EDGEKIT_CACHE, or `edgekit` in the user's cache folder."""
+    home = os.environ.get("EDGEKIT_CACHE")
+    if home:
+        return Path(home)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "edgekit"
+
+
+def calibrate(
+    session: LlamaSession,
+    text: Text,
+    *,
+    digest: str,
+    moments: Sequence[str] = (),
+    spill: Path | None = None,
+    progress: Progress = silent,
+) -> Calibrated:
+    """Read `text` with the model behind `session`. `digest` names the model's content.
+
+    Without `moments` the importance matrix is kept in the cache and taken from there the next time. Raises
+    VerificationFailed for values that are not finite, EdgekitError for names in `moments` that the model lacks.
+    """
+    kept = cache_dir() / "importance" / f"{digest[:24]}-{text.digest[:24]}.gguf"
+    if not moments and kept.is_file():
+        return Calibrated(open_imatrix(kept), {}, text.tokens)
+    found = activations.collect(session, text.chunks, moments=moments, spill=spill, progress=progress)
+    imatrix = _imatrix(found, text)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_imatrix(kept, imatrix)
+    return Calibrated(imatrix, found.second_moment, found.tokens, coverage(imatrix))
+
+
+def _imatrix(found: activations.Statistics, text: Text) -> Imatrix:
+    sums, counts = {}, {}
+    for name, values in found.sums.items():
+        if not np.isfinite(values).all():
+            raise VerificationFailed(f"the inputs of {name} are not finite", "the checkpoint is broken: try another")
+        sums[name] = np.atleast_2d(values).astype(np.float32)
+        counts[name] = found.counts[name].astype(np.float32)
+    return Imatrix(sums, counts, (text.name,), len(text.chunks), CHUNK, text.name)
+
+
+def coverage(imatrix: Imatrix) -> tuple[str, ...]:
+    """One sentence for each matrix whose experts, or which itself, saw too few tokens."""
+    found = []
+    for name, counts in imatrix.counts.items():
+        poor = int((counts < FEW).sum())
+        if poor and len(counts) > 1:
+            found.append(f"{name}: {poor} of {len(counts)} experts saw fewer than {FEW} tokens")
+        elif poor:
+            found.append(f"{name} saw {int(counts[0])} tokens, fewer than {FEW}")
+    return tuple(found)
