@@ -279,6 +279,15 @@ def test_the_engine_s_own_reason(tmp_path: Path) -> None:
         open_session(path, n_ctx=64)
 
 
+def test_its_reason_is_heard_after_others_have_set_the_log(tmp_path: Path, session: LlamaSession) -> None:
+    import llama_cpp
+
+    other = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(other, None)
+    with pytest.raises(RuntimeFailed, match="unknown model architecture"):
+        open_session(noise_gguf(tmp_path / "bad.gguf", arch="llamma"), n_ctx=64)
+
+
 def test_silent_and_light(noise: Path, tmp_path: Path) -> None:
     """Nothing on stdout or stderr, whatever happens; nothing heavy until a file is opened; a clean exit."""
     bad = noise_gguf(tmp_path / "bad.gguf", arch="llamma")

@@ -50,7 +50,12 @@ class Library:
     api: Any
     raw: Any
     log: Log
-    keep: tuple[Any, ...] = field(repr=False)
+    callback: Any = field(repr=False)
+
+    def listen(self) -> None:
+        """Hear what the engine says from now on, and only that: its log has one receiver, which others may have set."""
+        self.log.clear()
+        self.api.llama_log_set(self.callback, None)
 
 
 @cache
@@ -58,13 +63,13 @@ def library() -> Library:
     """Load llama.cpp, silence it, start its backends. Once a process; never undone (models may outlive any caller)."""
     api: Any = importlib.import_module("llama_cpp.llama_cpp")
     log = Log()
-    callback = api.llama_log_callback(log)
-    api.llama_log_set(callback, None)
+    loaded = Library(api, api._lib, log, api.llama_log_callback(log))
+    loaded.listen()
     api.llama_backend_init()
     # Backends may log while the process ends, when no Python code can run any more: give them a C function then.
     nothing = ctypes.cast(ctypes.CDLL(None).abs, api.llama_log_callback)
     atexit.register(api.llama_log_set, nothing, None)
-    return Library(api, api._lib, log, (callback, nothing))
+    return loaded
 
 
 def build() -> tuple[str, str]:

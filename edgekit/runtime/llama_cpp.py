@@ -209,7 +209,7 @@ class Context:
         if cb_eval is not None:
             self._cb_eval, params.cb_eval = cb_eval, cb_eval
         self.n_batch, self.outputs = int(params.n_batch), int(params.n_outputs_max or params.n_batch)
-        library().log.clear()
+        library().listen()
         handle = api.llama_init_from_model(model.handle, params)
         if not handle:
             reason = library().log.reason() or "not enough memory"
@@ -638,7 +638,7 @@ def open_model(path: str | Path, *, n_gpu_layers: int | None = None, mmap: bool 
     params = lib.api.llama_model_default_params()
     params.n_gpu_layers = -1 if n_gpu_layers is None else n_gpu_layers
     params.load_mode = lib.api.LLAMA_LOAD_MODE_AUTO if mmap else lib.api.LLAMA_LOAD_MODE_NONE
-    lib.log.clear()
+    lib.listen()
     start = perf_counter()
     handle = lib.api.llama_model_load_from_file(str(path).encode(), params)
     if not handle:
