@@ -330,7 +330,10 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "gpt_neox": Pico(
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+            "num_key_value_heads": None,
+        },
     ),
     "granite": Pico("GraniteForCausalLM", "GraniteConfig", GRANITE),
     "llama": Pico(

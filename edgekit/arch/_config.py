@@ -145,6 +145,8 @@ class Settings:
             value = self._values.get(key)
             if key in self._read or value is None or any(_same(value, a) for a in allowed):
                 continue
+            if key == "sliding_window" and self._values.get("use_sliding_window") is False:
+                continue
             self.refuse(key, "llama.cpp's graph for this family does not compute that")
         if "layer_types" not in self._read and any(k != "full_attention" for k in self.numbers("layer_types") or ()):
             self.refuse("layer_types", "llama.cpp's graph for this family has full attention in every layer")

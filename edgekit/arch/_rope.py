@@ -29,7 +29,7 @@ _KNOWN = frozenset(
     | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned"}
 )
 _ALIASES = {"none": "default", "ntk": "dynamic", "su": "longrope"}
-_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # YaRN, arXiv:2309.00071, section 3.2; the runtime's defaults too
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # YaRN, arXiv:2309.00071, section 3.2; few graphs can be told others
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _yarn(p: _Parameters) -> _Scaling:
     }
     for key, default in _BETAS.items():
         if (value := p.number(key, default) or default) != default:
-            metadata[f"rope.scaling.yarn_{key}"] = value
+            raise UnsupportedModel(f"config.json: rope parameter {key} is {value!r}: llama.cpp has {default:g} here")
     wanted, applied = _yarn_attention(p, factor), _mscale(factor, 1.0)
     if not math.isclose(wanted, applied, rel_tol=1e-6):
         metadata["rope.scaling.attn_factor"] = wanted / applied
@@ -214,12 +214,14 @@ def llama3_factors(theta: float, width: int, bands: Bands) -> Array:
 
     1 where a wave is shorter than original/high tokens, `factor` where it is longer than original/low, and between
     them such that the frequency is interpolated linearly in original/wavelength (transformers
-    `_compute_llama3_parameters`). All in float32: that is how the values in published files came about.
+    `_compute_llama3_parameters`). Published files hold what PyTorch computes in float32, where a number over a tensor
+    is its reciprocal times the number: the same steps here give the same bits.
     """
     one, low, high = np.float32(1), np.float32(bands.low), np.float32(bands.high)
-    inverse = one / np.power(np.float32(theta), np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
-    wave = np.float32(2 * math.pi) / inverse
-    smooth = (np.float32(bands.original) / wave - low) / (high - low)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    frequency = one / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    wave = (one / frequency) * np.float32(2 * math.pi)
+    smooth = ((one / wave) * np.float32(bands.original) - low) / (high - low)
     with np.errstate(divide="ignore"):
         between = one / ((one - smooth) / np.float32(bands.factor) + smooth)
     longer = np.where(wave > np.float32(bands.original / bands.low), np.float32(bands.factor), between)

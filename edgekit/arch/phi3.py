@@ -50,10 +50,12 @@ def read(s: Settings, root: Path) -> Reading:
         notes += (
             f"opened for more than {original} tokens, llama.cpp uses LongRoPE's long factors for short texts too",
         )
-    d, cut = within_window(s, d, s.optional("sliding_window"))
+    window = s.optional("sliding_window")
+    d, cut = within_window(s, d, window)
+    own = {"rope.scaling.original_context_length": original, "attention.sliding_window": window or 0}
     return Reading(
         d,
-        keys(d) | rms(s) | {"rope.scaling.original_context_length": original} | rope.metadata,
+        keys(d) | rms(s) | own | rope.metadata,
         extra=rope.tensors,
         notes=notes + cut,
         tied=s.flag("tie_word_embeddings"),

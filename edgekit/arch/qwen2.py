@@ -49,7 +49,8 @@ def rotating(s: Settings, d: Dims) -> Reading:
 
 
 def read(s: Settings, root: Path) -> Reading:
-    """Qwen2."""
+    """Qwen2. transformers does not look at attention_bias here: the biases are a part of the family."""
+    s.raw("attention_bias")
     d = read_dims(s)
     square_heads(s, d)
     return rotating(s, d)
