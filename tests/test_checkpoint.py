@@ -655,8 +655,10 @@ def test_digest_names_the_content(tmp_path: Path) -> None:
         folder(tmp_path / "3", pack(A), tokenizer__json=b"[]"),
         folder(tmp_path / "4", pack(A), LLAMA | {"rope_theta": 1}, tokenizer__json=b"{}"),
         folder(tmp_path / "5", pack(A)),
+        folder(tmp_path / "6", pack(A), tokenizer__json=b"{}"),
     ]
-    assert len({base, *(open_checkpoint(o).digest for o in others)}) == 6
+    folder(others[-1] / "additional_chat_templates", config=None, tool__jinja=b"x")
+    assert len({base, *(open_checkpoint(o).digest for o in others)}) == 7
 
 
 # --- references ----------------------------------------------------------------------------------------------------

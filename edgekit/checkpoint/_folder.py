@@ -18,13 +18,11 @@ from edgekit.safetensors_file import SafetensorsFile, open_safetensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-
 TO_SAFETENSORS = (
     'where torch is and the file is trusted: python -c "import glob, torch, safetensors.torch as s; '
     "w = {k: v.contiguous().clone() for f in sorted(glob.glob('*.bin') + glob.glob('*.pt*')) "
     "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; s.save_file(w, 'model.safetensors')\""
 )
-
 
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(?:safetensors|gguf)")
 

@@ -33,7 +33,6 @@ SMALL_FILES = (
 )
 """Files beside the weights that a conversion reads."""
 
-
 _SAMPLE = 4096
 
 
@@ -95,10 +94,11 @@ def _digest(root: Path | None, sources: tuple[Source, ...]) -> str:
 
 
 def _hash_content(total: hashlib._Hash, root: Path | None, sources: tuple[Source, ...]) -> None:
-    for name in SMALL_FILES if root else ():
-        assert root
-        if (root / name).is_file():
-            total.update(f"{name}\n".encode() + hashlib.sha256(inside(root, name).read_bytes()).digest())
+    if root:
+        templates = sorted(f"{p.parent.name}/{p.name}" for p in root.glob("additional_chat_templates/*.jinja"))
+        for name in (*SMALL_FILES, *templates):
+            if (root / name).is_file():
+                total.update(f"{name}\n".encode() + hashlib.sha256(inside(root, name).read_bytes()).digest())
     for source in sources:
         total.update(f"{source.path.name}\n{source.size}\n".encode())
         with source.path.open("rb", buffering=0) as file:

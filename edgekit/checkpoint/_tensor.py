@@ -18,7 +18,6 @@ from edgekit.errors import CorruptCheckpoint
 
 Array = npt.NDArray[np.float32]
 
-
 _STORED = {
     "F64": "<f8",
     "F32": "<f4",
@@ -36,7 +35,6 @@ _STORED = {
     "U8": "u1",
     "BOOL": "u1",
 }
-
 
 _CHUNK = 1 << 18  # values converted at a time: fits a level-2 cache with its result, and bounds the memory beside it
 
