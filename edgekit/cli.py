@@ -46,15 +46,17 @@ class Prefer(StrEnum):
     size = "size"
 
 
-Model = Annotated[str, typer.Argument(help="Hub id (org/name[@revision]), folder, F16/BF16/F32 .gguf, or `demo`.")]
+_MODEL_HELP = "Hub id (org/name\\[@revision]), folder, F16/BF16/F32 .gguf, or `demo`."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Device: a name, ./board.toml, or `host`.")]
 Quant = Annotated[str | None, typer.Option("--quant", "-q", help="auto, or a preset such as Q4_K_M, Q8_0, IQ4_XS.")]
 Ctx = Annotated[int | None, typer.Option("--ctx-size", "-c", min=1, help="Context to make room for, in tokens.")]
 Kv = Annotated[str | None, typer.Option("--kv", help="KV cache type: f16, q8_0, q4_0 ...")]
 PreferOption = Annotated[Prefer | None, typer.Option("--prefer", help="What `auto` gives weight to.")]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe name or ./mine.toml.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the cores worth using.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
-File = Annotated[Path, typer.Argument(help="A folder made by `edgekit convert`, or a .gguf file.")]
+File = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made by `edgekit convert`, or a .gguf file.")]
 
 
 @app.command()
@@ -158,8 +160,8 @@ def bench(
     artifact: File,
     prompt: Annotated[str, typer.Option("--n-prompt", "-p", help="Prompt tokens; several with commas.")] = "512",
     generate: Annotated[str, typer.Option("--n-gen", "-n", help="Tokens to generate; several with commas.")] = "128",
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1)] = 5,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Runs of each test.")] = 5,
+    threads: Threads = None,
     json_: Json = False,
     md: Annotated[bool, typer.Option("--md", help="Markdown table, as llama-bench prints it.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated rows.")] = False,
@@ -197,12 +199,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 @app.command()
 def run(
     artifact: File,
-    prompt: Annotated[str | None, typer.Argument(help="What to say; read from stdin where absent.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1)] = 256,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to say; read from stdin where absent.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same answer.")] = 0,
     ctx_size: Ctx = None,
-    threads: Annotated[int | None, typer.Option("--threads", "-t", min=1)] = None,
+    threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     json_: Json = False,
@@ -293,7 +295,7 @@ def targets_list(json_: Json = False) -> None:
 
 
 @targets_app.command("show")
-def targets_show(name: Annotated[str, typer.Argument(help="A target, or ./board.toml.")], json_: Json = False) -> None:
+def targets_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A target, or ./board.toml.")], json_: Json = False) -> None:
     """Show one device: every number with its source."""
     from edgekit import console
     from edgekit.target import Target
@@ -344,7 +346,7 @@ def recipes_list(json_: Json = False) -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="A recipe, or ./mine.toml.")], json_: Json = False) -> None:
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe, or ./mine.toml.")], json_: Json = False) -> None:
     """Show one recipe as TOML."""
     from edgekit.recipe import Recipe
 

@@ -178,8 +178,20 @@ def test_a_name_with_brackets_is_not_taken_for_markup(model: Path, tmp_path: Pat
     assert "[red]" in done.stdout.replace("\n", "")
 
 
-def test_the_readme_names_no_command_that_does_not_exist() -> None:
+def test_the_documents_name_no_command_that_does_not_exist() -> None:
     known = {" ".join(c) for c in commands()}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for match in re.finditer(r"^\$? ?edgekit ([a-z]+(?: (?:list|show|detect))?)", path.read_text(), re.MULTILINE):
-            assert match[1] in known or match[1].split()[0] in known, f"{path.name}: {match[0]}"
+        for line in _code_lines(path.read_text()):
+            match = re.match(r"(?:\$ )?edgekit ([a-z]+)(?: (list|show|detect))?", line)
+            if match:
+                assert match[1] in known, f"{path.name}: {line}"
+
+
+def _code_lines(text: str) -> list[str]:
+    found, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif inside:
+            found.append(line)
+    return found
