@@ -199,7 +199,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 @app.command()
 def run(
     artifact: File,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to say; read from stdin where absent.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to say; read from stdin where absent.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same answer.")] = 0,
@@ -295,7 +297,9 @@ def targets_list(json_: Json = False) -> None:
 
 
 @targets_app.command("show")
-def targets_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A target, or ./board.toml.")], json_: Json = False) -> None:
+def targets_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A target, or ./board.toml.")], json_: Json = False
+) -> None:
     """Show one device: every number with its source."""
     from edgekit import console
     from edgekit.target import Target
@@ -346,7 +350,9 @@ def recipes_list(json_: Json = False) -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe, or ./mine.toml.")], json_: Json = False) -> None:
+def recipes_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe, or ./mine.toml.")], json_: Json = False
+) -> None:
     """Show one recipe as TOML."""
     from edgekit.recipe import Recipe
 
