@@ -171,6 +171,7 @@ print(encoded, refused)
 """
 
 
+@pytest.mark.slow
 def test_no_weights_or_importance_make_a_kernel_abort() -> None:
     done = isolated(HOSTILE.replace("NAMES", repr([*LATTICE, "Q2_K", "Q3_K", "IQ4_XS", "MXFP4", "TQ1_0", "Q1_0"])))
     assert done.returncode == 0, (done.returncode, done.stdout[-500:], done.stderr[-2000:])

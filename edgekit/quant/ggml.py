@@ -77,6 +77,8 @@ _LATTICE_TERM = 1e15  # largest weight times its emphasis: the square of 32 such
 
 # relative error of a sine wave sent there and back that the self-test lets pass
 _FINEST = {"F16": 1e-3, "BF16": 5e-3, "Q8_0": 0.01, "Q4_0": 0.15, "Q4_K": 0.1, "Q6_K": 0.03, "IQ4_NL": 0.15}
+# floats up to these stay finite: reading them again (ggml_validate_row_data) would only cost time
+_FLOAT_LIMIT = {"F32": np.inf, "BF16": 3e38, "F16": 65504.0}
 _NEEDED = (
     "ggml_blck_size",
     "ggml_type_size",
@@ -122,8 +124,10 @@ def encode(rows: Array, fmt: Format | str, importance: Array | None = None, thre
     peak = float(importance.max()) if importance is not None else None
 
     def work(start: int, stop: int) -> None:
-        _check_values(rows[start:stop], start, fmt, peak)
+        largest = _check_values(rows[start:stop], start, fmt, peak)
         _call(library, fmt, rows[start:stop], out[start:stop], importance)
+        if largest <= _FLOAT_LIMIT.get(fmt.name, -1):
+            return
         if not library.ggml_validate_row_data(fmt.code, _address(out[start:stop]), out[start:stop].nbytes):
             raise _unrepresentable(library, fmt, rows[start:stop], out[start:stop], start)
 
@@ -311,10 +315,8 @@ def _check_importance(fmt: Format, cols: int, importance: Array | None) -> Array
     return importance
 
 
-def _check_values(rows: Array, first: int, fmt: Format, peak: float | None) -> None:
-    """Refuse what the kernels pass on as garbage or abort at; `peak` is the largest importance."""
-    if not rows.size:
-        return
+def _check_values(rows: Array, first: int, fmt: Format, peak: float | None) -> float:
+    """Refuse what kernels pass on as garbage or abort at; the largest |weight|. `peak` is the largest importance."""
     low, high = float(rows.min()), float(rows.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         row = int(np.argmin(np.isfinite(rows).all(axis=1)))
@@ -333,6 +335,7 @@ def _check_values(rows: Array, first: int, fmt: Format, peak: float | None) -> N
             + f": too large for {fmt.name}",
             "choose Q4_K or finer for this tensor",
         )
+    return largest
 
 
 def _unrepresentable(library: Any, fmt: Format, rows: Array, out: Bytes, first: int) -> EdgekitError:

@@ -242,11 +242,15 @@ def _loader_order(name: str) -> tuple[int, bytes]:
     return (-1 if layer is None else layer, name.encode())
 
 
+def _is_row(tensor: Tensor) -> bool:
+    """Whether ggml_n_dims is one: leading axes of one do not count."""
+    return prod(tensor.shape[:-1]) == 1
+
+
 def _untouched(tensor: Tensor) -> str:
     """Why a tensor is not quantized at all, or nothing."""
-    lead = next((i for i, n in enumerate(tensor.shape[:-1]) if n != 1), len(tensor.shape) - 1)
-    if len(tensor.shape) - lead < 2:  # ggml_n_dims: leading axes of one do not count
-        return "one row"
+    if _is_row(tensor):
+        return "norm" if "norm" in tensor.name else "bias" if tensor.name.endswith("bias") else "one row"
     name = tensor.name
     if not name.endswith("weight"):
         return "not a weight matrix"
@@ -350,7 +354,7 @@ def _choice(mix: _Mix, tensor: T) -> Choice[T]:
     if tensor.keep_f32:
         return Choice(tensor, "F32", "F32", _untouched(tensor) or "kept in float32")
     if reason := _untouched(tensor):
-        stored = "F32" if reason == "one row" else _as_stored(tensor)
+        stored = "F32" if _is_row(tensor) else _as_stored(tensor)
         return Choice(tensor, stored, stored, reason)
     default = mix.preset.default
     if default in {"F32", "F16", "BF16"}:
