@@ -11,7 +11,6 @@ from typing import Any
 
 from edgekit.corpus import STRINGS
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
-from edgekit.gguf_file import MetaValue, Typed
 from edgekit.vocab.built import CONTROL, NORMAL, Built, Limit, by_id, fill_holes, type_of
 from edgekit.vocab.files import Added, Files, Json
 from edgekit.vocab.parity import differences, explain
@@ -101,7 +100,7 @@ def _by_behaviour(files: Files, added: Mapping[int, Added], built: Built, rows: 
     best: tuple[int, Pre, str] | None = None
     for row in rows:
         limits = [*tolerated, *_approximations(row, files.tokenizer.get("pre_tokenizer"))]
-        with Probe(_trial(built, row.name)) as probe:
+        with Probe(built.trial(pre=row.name)) as probe:
             found = differences(reference, probe, strings, limits, add_special=False)
         if not found:
             return row
@@ -131,18 +130,6 @@ def _some_words(reference: TokenizerJson, size: int) -> list[str]:
     return [
         text for i in range(0, size, max(1, size // _WORDS)) if (text := reference.decode([i])) and "\ufffd" not in text
     ]
-
-
-def _trial(built: Built, pre: str) -> dict[str, MetaValue]:
-    return {
-        "tokenizer.ggml.model": built.model,
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": built.tokens,
-        "tokenizer.ggml.token_type": built.types,
-        "tokenizer.ggml.merges": built.merges or Typed("array:string", []),
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_eos_token": False,
-    }
 
 
 def _approximations(row: Pre, own: object) -> list[Limit]:

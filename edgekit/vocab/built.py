@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
-from edgekit.gguf_file import MetaValue
+from edgekit.gguf_file import MetaValue, Typed
 from edgekit.vocab.files import Added
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -47,6 +47,22 @@ class Built:
     limits: list[Limit] = field(default_factory=list)
     lead: str = ""
 
+    def trial(self, **changes: str) -> dict[str, MetaValue]:
+        """Enough metadata to ask the runtime about plain text; `changes` are `tokenizer.ggml.*` keys to try."""
+        meta: dict[str, MetaValue] = {
+            "tokenizer.ggml.model": self.model,
+            "tokenizer.ggml.pre": self.pre,
+            "tokenizer.ggml.tokens": self.tokens,
+            "tokenizer.ggml.token_type": self.types,
+            "tokenizer.ggml.add_bos_token": False,
+            "tokenizer.ggml.add_eos_token": False,
+        }
+        if self.scores is not None:
+            meta["tokenizer.ggml.scores"] = self.scores
+        if self.merges is not None:
+            meta["tokenizer.ggml.merges"] = self.merges or Typed("array:string", [])
+        return meta | self.extra | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+
 
 def by_id(vocab: object, added: Mapping[int, Added]) -> list[str | None]:
     """Token texts in id order from a `{text: id}` object and the added tokens; None where an id has no token.
@@ -55,13 +71,13 @@ def by_id(vocab: object, added: Mapping[int, Added]) -> list[str | None]:
     """
     if not isinstance(vocab, dict):
         raise CorruptCheckpoint("tokenizer.json: model.vocab is not an object")
+    odd = next((i for i in vocab.values() if type(i) is not int or not 0 <= i < MAX_TOKENS), None)
+    odd = next((i for i in added if i >= MAX_TOKENS), odd)
+    if odd is not None:
+        raise CorruptCheckpoint(f"tokenizer.json: {odd!r} is no token id")
     top = max(max(vocab.values(), default=-1), max(added, default=-1))
-    if not isinstance(top, int) or top >= MAX_TOKENS:
-        raise CorruptCheckpoint(f"tokenizer.json: token id {top} is out of range")
     tokens: list[str | None] = [None] * (top + 1)
     for text, number in vocab.items():
-        if not isinstance(number, int) or number < 0:
-            raise CorruptCheckpoint(f"tokenizer.json: token {text!r} has id {number!r}")
         if tokens[number] is not None:
             raise CorruptCheckpoint(f"tokenizer.json: tokens {tokens[number]!r} and {text!r} share id {number}")
         tokens[number] = text

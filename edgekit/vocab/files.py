@@ -174,7 +174,7 @@ def _from_vocab_and_merges(root: Path, config: Json) -> dict[str, Any] | None:
     prefix = config.get("add_prefix_space") is True
     decoder = config.get("added_tokens_decoder")
     added = [
-        {"id": int(k), **v}
+        {**_PLAIN, "id": int(k), **v}
         for k, v in (decoder.items() if isinstance(decoder, dict) else ())
         if str(k).isdecimal() and isinstance(v, dict)
     ]
@@ -189,10 +189,13 @@ def _from_vocab_and_merges(root: Path, config: Json) -> dict[str, Any] | None:
     }
 
 
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+
+
 def _guessed_specials(vocab: Json) -> list[dict[str, Any]]:
     """GPT-2 folders from before added_tokens_decoder: the one special token is the end of text."""
     text = "<|endoftext|>"
-    return [{"id": vocab[text], "content": text, "special": True, "normalized": False}] if text in vocab else []
+    return [{**_PLAIN, "id": vocab[text], "content": text, "special": True}] if text in vocab else []
 
 
 def _templates(root: Path, config: Json) -> dict[str, str]:

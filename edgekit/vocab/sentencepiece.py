@@ -1,18 +1,22 @@
 """SentencePiece BPE for llama.cpp's `llama` vocabulary: pieces with scores, from tokenizer.model or tokenizer.json.
 
-llama.cpp (`llm_tokenizer_spm`) joins the neighbours whose joint text has the highest score. tokenizer.json lists pairs by
-rank instead: a token's score is minus the rank of the first merge that makes it, as in SentencePiece's own files.
+llama.cpp (`llm_tokenizer_spm`) joins the neighbours whose joint text has the highest score. tokenizer.json lists pairs
+by rank instead: a token's score is minus the rank of the first merge that makes it, as in SentencePiece's own files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+from edgekit.chat import Template, TemplateFailed
+from edgekit.corpus import STRINGS, TEXT
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
 from edgekit.vocab.bpe import merge_pairs
 from edgekit.vocab.built import (
     BYTE,
+    CONTROL,
     NORMAL,
     SPACE,
     UNKNOWN,
@@ -24,7 +28,10 @@ from edgekit.vocab.built import (
     type_of,
 )  # fmt: skip
 from edgekit.vocab.files import Added, Files
+from edgekit.vocab.parity import differences, explain
+from edgekit.vocab.probe import Probe
 from edgekit.vocab.protobuf import SentencePiece
+from edgekit.vocab.reference import TokenizerJson
 from edgekit.vocab.spaces import Spaces, foreign_normalizers, normalizer_limits, spaces_of
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -47,7 +54,8 @@ def from_json(files: Files, added: Mapping[int, Added], model: SentencePiece | N
     pairs = merge_pairs(bpe)
     unk = bpe.get("unk_token")
     types = _types(tokens, added, unk)
-    if model is not None and _same_pieces(tokens, model):
+    derived = model is None or not _same_pieces(tokens, model)
+    if model is not None and not derived:
         scores = [s for _, s, _ in model.pieces][: len(tokens)]
         scores += [ADDED_SCORE] * (len(tokens) - len(scores))
     else:
@@ -55,34 +63,94 @@ def from_json(files: Files, added: Mapping[int, Added], model: SentencePiece | N
     spell_user_defined(tokens, types)
     built = Built("llama", "default", fill_holes(tokens, types, None), types, scores)
     built.limits += normalizer_limits(foreign_normalizers(tokenizer))
-    _set_spaces(built, spaces_of(tokenizer), added, chats=bool(files.templates))
+    _set_spaces(built, spaces_of(tokenizer), added, files.templates.get("default"))
+    if derived and not _complete(bpe["vocab"], pairs):
+        _prove(built, TokenizerJson(tokenizer, added, files.root / "tokenizer.json"), pairs)
     return built
 
 
-def _set_spaces(built: Built, spaces: Spaces, added: Mapping[int, Added], *, chats: bool) -> None:
-    """llama.cpp puts a space before a text and after every special token, or never; the library can do either alone.
+def _complete(vocab: Mapping[str, int], merges: Sequence[Sequence[str]]) -> bool:
+    """Whether every way to halve a made token into two tokens is a merge: then ranks and scores say the same.
 
-    With `first` (a space only before the text) a chat prompt, which begins with a special token, needs never, a bare text
-    needs always. A model with a chat template is used through it.
+    Of a large vocabulary 8,000 tokens are looked at: files made from scores have all such merges, trained ones few.
     """
-    prefixed = spaces.prefix != "never" and not (spaces.prefix == "first" and chats)
+    pairs = {(left, right) for left, right in merges}
+    made = list(dict.fromkeys(map("".join, merges)))
+    return all(
+        (t[:i], t[i:]) in pairs
+        for t in made[:: max(1, len(made) // 8000)]
+        for i in range(1, len(t))
+        if t[:i] in vocab and t[i:] in vocab
+    )
+
+
+def _prove(built: Built, reference: TokenizerJson, pairs: Sequence[Sequence[str]]) -> None:
+    """A vocabulary trained as BPE has fewer merges than pairs that fit. llama.cpp joins all that fit, except under one
+    pre-tokenizer (`sarvam-moe`), which follows merges on plain text but puts no space in front.
+
+    Raises UnsupportedVocabulary where neither gives the model's own ids.
+    """
+    texts = [*STRINGS, *TEXT.splitlines()]
+    plain = replace(built, model="gpt2", pre="sarvam-moe", merges=list(map(" ".join, pairs)), scores=None)
+    best = None
+    for candidate in [built] if built.extra["tokenizer.ggml.add_space_prefix"] else [built, plain]:
+        with Probe(candidate.trial()) as probe:
+            found = differences(reference, probe, texts, built.limits, add_special=False)
+        if not found:
+            built.model, built.pre = candidate.model, candidate.pre
+            built.merges, built.scores = candidate.merges, candidate.scores
+            return
+        best = found if best is None or len(found) < len(best) else best
+    assert best is not None
+    raise UnsupportedVocabulary(
+        f"llama.cpp joins pieces by score, this tokenizer.json by {len(pairs)} merges that say something else; "
+        f"{len(best)} probe strings differ:\n{explain(best)}",
+        "run this model with transformers, or train a vocabulary with ByteLevel pieces",
+    )
+
+
+def _set_spaces(built: Built, spaces: Spaces, added: Mapping[int, Added], template: str | None) -> None:
+    """llama.cpp puts a space before every stretch of text between special tokens, or before none.
+
+    Where the model's tokenizer does it for some only, its chat template decides which of the two is nearer.
+    """
+    texts = [re.escape(t.content) for t in added.values() if t.content]
+    marks = re.compile("|".join(sorted(texts, key=len, reverse=True)) or "(?!)")
+    votes = _votes(spaces.prefix, marks, template)
+    prefixed = spaces.prefix != "never" if spaces.prefix in ("always", "never") else votes >= 0
     built.extra["tokenizer.ggml.add_space_prefix"] = prefixed
-    texts = tuple(t.content for t in added.values() if t.content)
-    if spaces.prefix in ("unless", "first") and prefixed:
-        reason = "a text that begins with a space gets no second one in the model's tokenizer; in llama.cpp it does"
-        built.limits.append(Limit(reason, lambda text: text.startswith((" ", SPACE))))
-    if spaces.prefix == "first" and prefixed:
-        reason = "after a special token the model's tokenizer adds no space; llama.cpp does"
-        built.limits.append(Limit(reason, lambda text: any(t in text for t in texts)))
-    if spaces.prefix == "first" and not prefixed:
-        built.lead = " "
-        reason = (
-            "the model's tokenizer puts a space before a text; llama.cpp, set for chat, does not: begin with a space"
-        )
-        built.limits.append(Limit(reason, lambda text: not text.startswith((" ", SPACE, *texts))))
+    if spaces.prefix in ("unless", "first"):
+        does = "before every stretch of text" if prefixed else "before none"
+        when = "before the first one" if spaces.prefix == "first" else "before those"
+        reason = f"llama.cpp puts a space {does}, the model's tokenizer {when} that has none"
+        built.limits.append(Limit(reason, lambda t: set(_gets_space(spaces.prefix, marks, t)) - {prefixed} != set()))
+        built.lead = "" if prefixed else " "
     if any(kind == USER_DEFINED and text.isspace() for kind, text in zip(built.types, built.tokens, strict=True)):
         reason = "the sign U+2581 in a text is not a space in llama.cpp"
         built.limits.append(Limit(reason, lambda text: SPACE in text))
+
+
+def _gets_space(prefix: str, marks: re.Pattern[str], text: str) -> list[bool]:
+    """For every stretch of text between special tokens: whether the model's tokenizer puts a space before it."""
+    found, at = [], 0
+    for end, start in [*((m.start(), m.end()) for m in marks.finditer(text)), (len(text), len(text))]:
+        if end > at:
+            bare = not text.startswith((" ", SPACE), at)
+            found.append(bare and (prefix == "unless" or at == 0))
+        at = start
+    return found
+
+
+def _votes(prefix: str, marks: re.Pattern[str], template: str | None) -> int:
+    """Stretches of a rendered conversation that get a space, less those that do not; 0 without a template."""
+    if template is None or prefix in ("always", "never"):
+        return 0
+    turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant", "user")]
+    try:
+        text = Template(template).render(turns)
+    except TemplateFailed:
+        return 0
+    return sum(1 if gets else -1 for gets in _gets_space(prefix, marks, text))
 
 
 def lay_over(model: SentencePiece, added: Mapping[int, Added]) -> Laid:
@@ -113,9 +181,8 @@ def from_model(model: SentencePiece, laid: Laid) -> Built:
     built = Built("llama", "default", fill_holes(tokens, types, None), types, scores)
     built.extra["tokenizer.ggml.add_space_prefix"] = model.add_dummy_prefix
     if model.remove_extra_whitespaces:
-        built.limits.append(
-            Limit("the model's tokenizer drops repeated spaces; llama.cpp keeps them", _has_extra_spaces)
-        )
+        reason = "the model's tokenizer drops spaces at the ends and makes one of several; llama.cpp keeps them"
+        built.limits.append(Limit(reason, _extra_spaces(built)))
     if model.charsmap:
         name = model.normalizer or "precompiled"
         built.limits.append(
@@ -130,14 +197,6 @@ def spell_user_defined(tokens: list[str | None], types: Sequence[int]) -> None:
         text = tokens[i]
         if kind == USER_DEFINED and text is not None:
             tokens[i] = text.replace(SPACE, " ")
-
-
-def merges_complete(tokens: Sequence[str], merges: Sequence[Sequence[str]], types: Sequence[int]) -> bool:
-    """Whether every way to halve a made token into two tokens is a merge, so that ranks and scores say the same."""
-    known = {t for t, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    pairs = {(left, right) for left, right in merges}
-    made = {left + right for left, right in pairs}
-    return all((t[:i], t[i:]) in pairs for t in made for i in range(1, len(t)) if t[:i] in known and t[i:] in known)
 
 
 def _scores(tokens: Sequence[str | None], merges: Sequence[Sequence[str]]) -> list[float]:
@@ -165,5 +224,8 @@ def _same_pieces(tokens: Sequence[str | None], model: SentencePiece) -> bool:
     )
 
 
-def _has_extra_spaces(text: str) -> bool:
-    return "  " in text or text.startswith(" ") or text.endswith(" ")
+def _extra_spaces(built: Built) -> Callable[[str], bool]:
+    special = (t for t, kind in zip(built.tokens, built.types, strict=True) if kind in (CONTROL, UNKNOWN, USER_DEFINED))
+    names = "|".join(map(re.escape, special)) or "(?!)"
+    pattern = re.compile(rf"\A | \Z|  |{SPACE}| (?:{names})|(?:{names}) ")
+    return lambda text: pattern.search(text) is not None
