@@ -1,0 +1,244 @@
+"""The best file of a size: importance, error feedback, a measured mix; a gate ships no worse than the stock preset.
+
+Knows the order of the work and what is compared with what; measuring, allocating and encoding are done elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from edgekit import artifact, calibration, chat, reference
+from edgekit.arch import Blueprint, Role
+from edgekit.calibration import Text
+from edgekit.errors import EdgekitError
+from edgekit.export import gguf
+from edgekit.imatrix_file import Imatrix, open_imatrix
+from edgekit.planning import Plan
+from edgekit.quality import Column, Columns
+from edgekit.reference import CompactReference
+from edgekit.runtime.llama_cpp import LlamaSession, open_session
+from edgekit.units import Progress, silent
+
+EFFORTS: Mapping[str, tuple[int, int]] = {"low": (8_192, 8_192), "normal": (32_768, 16_384), "high": (131_072, 32_768)}
+"""Tokens read to calibrate, and tokens of held-out text that decide between candidates."""
+
+RESAMPLES = 2_000
+"""Of the paired bootstrap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to spend the bytes. KL divergence from the unquantised model in nats a token, on held-out text."""
+
+    name: str
+    kind: str
+    nbytes: int
+    kl: float
+    kl_stderr: float
+    top1: float
+    shipped: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is shipped, and why: every candidate, and the chance that the winner is no better than the stock preset."""
+
+    plan: Plan
+    written: gguf.Written
+    candidates: tuple[Candidate, ...]
+    doubt: float
+    text: str
+    tokens: int
+    held_out: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What reading the calibration text taught: importance for every matrix, and what the candidates are judged by."""
+
+    importance: gguf.Importance
+    feedback: gguf.Feedback | None
+    judge: CompactReference
+    text: str
+    tokens: int
+    warnings: tuple[str, ...] = field(default=())
+
+
+def importance_names(blueprint: Blueprint) -> frozenset[str]:
+    """Matrices that get an importance vector when the model reads text: all but those that are only looked up."""
+    untied = any(t.role is Role.OUTPUT for t in blueprint.tensors)
+    looked_up = {Role.POSITION, Role.TOKEN_TYPE} | ({Role.EMBED} if untied else set())
+    matrices = (t for t in blueprint.tensors if len(t.shape) > 1 and not t.keep_f32)
+    return frozenset(t.name for t in matrices if t.role not in looked_up)
+
+
+def bring(path: Path, blueprint: Blueprint) -> Imatrix:
+    """An importance matrix of the user's, checked against this model. Raises EdgekitError for another model's."""
+    found = open_imatrix(path)
+    found.require({t.name: _experts_and_cols(t.shape) for t in blueprint.tensors if len(t.shape) > 1})
+    return found
+
+
+def _experts_and_cols(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0] if len(shape) == 3 else 1, shape[-1])
+
+
+def learn(
+    model: Path,
+    decided: Plan,
+    source: str | Path,
+    template: chat.Template | None,
+    *,
+    digest: str,
+    effort: str,
+    spill: Path,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Knowledge:
+    """Read text with the unquantised `model`. `source`: a file, or `self`. `spill` holds second moments on disk.
+
+    The last part of a file, or texts of another seed, are held out: nothing that is learned comes from them.
+    """
+    tokens, held_out = EFFORTS[effort]
+    context = min(calibration.CHUNK, decided.geometry.context or calibration.CHUNK)
+    learnable = importance_names(decided.blueprint)
+    names = [t.name for t in decided.tensors if t.name in learnable]
+    with open_session(model, n_ctx=context, threads=threads) as session:
+        text, judged = _texts(session, source, template, tokens, held_out, progress)
+        found = calibration.calibrate(session, text, digest=digest, moments=names, spill=spill, progress=progress)
+        judge = reference.record(session, judged.chunks, progress=progress)
+    moments = {name: found.moments[name] for name in names}
+    return Knowledge(
+        found.imatrix.importance(), gguf.Feedback(moments), judge, text.name, text.tokens, found.warnings
+    )
+
+
+def _texts(
+    session: LlamaSession,
+    source: str | Path,
+    template: chat.Template | None,
+    tokens: int,
+    held_out: int,
+    progress: Progress,
+) -> tuple[Text, Text]:
+    """(to learn from, to judge by), disjoint."""
+    if source == "self":
+        learned = calibration.write_text(session, template, tokens, seed=1, progress=progress)
+        judged = calibration.write_text(session, template, held_out, seed=1_000_003, progress=progress)
+        return learned, _long_enough(judged)
+    whole = calibration.read_text(Path(source), session, template, limit=tokens + held_out)
+    share = held_out / (tokens + held_out)
+    count = max(1, round(len(whole.chunks) * share))
+    if len(whole.chunks) < 2:
+        raise EdgekitError(
+            f"{whole.name} has {whole.tokens} tokens: too few to learn from one part and judge by another",
+            f"give at least {2 * calibration.CHUNK} tokens, or use --calibration self",
+        )
+    return Text(whole.name, whole.chunks[:-count]), _long_enough(Text(whole.name, whole.chunks[-count:]))
+
+
+def _long_enough(text: Text) -> Text:
+    kept = tuple(c for c in text.chunks if len(c) >= reference.SHORTEST)
+    if not kept:
+        raise EdgekitError("the held-out text is too short to compare on", "give more calibration text")
+    return Text(text.name, kept)
+
+
+def choose(
+    decided: Plan,
+    mixes: Mapping[str, Plan],
+    known: Knowledge,
+    folder: Path,
+    *,
+    threads: int,
+    progress: Progress = silent,
+) -> Outcome:
+    """Write every candidate into `folder`, judge them on the held-out text, keep the winner's file only.
+
+    Candidates: the stock preset with importance; the same formats with error feedback; each of `mixes` with it.
+    The stock preset wins unless another has the lower mean and the paired bootstrap is 95 % sure of it.
+    """
+    plans = {"preset": (decided, False), "feedback": (decided, True)}
+    plans |= {name: (plan, True) for name, plan in mixes.items()}
+    seen: dict[str, tuple[gguf.Written, Column, float]] = {}
+    winner = "preset"
+    for kind, (plan, feedback) in plans.items():
+        encoding = gguf.Encoding(threads, known.importance, known.feedback if feedback else None)
+        written = gguf.write(plan, folder / f"{kind}.gguf", encoding, progress=progress)
+        columns = _judged(written.path, known.judge, threads, progress)
+        seen[kind] = (written, columns.kl, float(columns.same.mean()))
+        if kind not in (winner, "random") and _surely_better(columns.kl, seen[winner][1]):
+            seen[winner][0].path.unlink()
+            winner = kind
+        elif kind != "preset":
+            written.path.unlink()
+    candidates = tuple(
+        _candidate(decided, kind, written, kl, top1, shipped=kind == winner)
+        for kind, (written, kl, top1) in seen.items()
+    )
+    written = seen[winner][0]
+    doubt = chance_no_better(seen[winner][1], seen["preset"][1]) if winner != "preset" else 1.0
+    return Outcome(
+        replace(plans[winner][0], why=_why(winner, candidates)),
+        written,
+        candidates,
+        doubt,
+        known.text,
+        known.tokens,
+        known.judge.positions,
+        known.warnings,
+    )
+
+
+def _judged(path: Path, judge: CompactReference, threads: int, progress: Progress) -> Columns:
+    longest = max(map(len, judge.chunks))
+    with open_session(path, n_ctx=longest, threads=threads) as session:
+        return judge.columns(session, progress=progress)
+
+
+def _candidate(decided: Plan, kind: str, written: gguf.Written, kl: Column, top1: float, *, shipped: bool) -> Candidate:
+    name = {"preset": decided.preset.name, "feedback": f"{decided.preset.name} with error feedback"}.get(kind, kind)
+    stderr = float(kl.std(ddof=1) / np.sqrt(len(kl)))
+    return Candidate(name, kind, written.nbytes, float(kl.mean()), stderr, top1, shipped)
+
+
+def _why(winner: str, candidates: Sequence[Candidate]) -> str:
+    stock = next(c for c in candidates if c.kind == "preset")
+    if winner == "preset":
+        return f"nothing was surely better than {stock.name} with importance at its bytes"
+    best = next(c for c in candidates if c.shipped)
+    return f"{best.kl / stock.kl:.2f} of the KL divergence of {stock.name} with importance, at most its bytes"
+
+
+def _surely_better(candidate: Column, standing: Column) -> bool:
+    return bool(candidate.mean() < standing.mean()) and chance_no_better(candidate, standing) < 0.05
+
+
+def chance_no_better(candidate: Column, standing: Column, *, seed: int = 0) -> float:
+    """Paired bootstrap over scored tokens: the share of resamples in which `candidate` has no lower mean.
+
+    Neighbouring tokens are not independent, so whole runs of 64 are drawn (block bootstrap, Künsch 1989).
+    """
+    gain = standing - candidate
+    block = min(64, max(1, len(gain) // 16))
+    sums = np.add.reduceat(gain, np.arange(0, len(gain) - len(gain) % block, block))
+    draws = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    return float((sums[draws].sum(axis=1) <= 0).mean())
+
+
+def spill_folder(folder: Path, decided: Plan) -> Path:
+    """A place for second moments beside the artefact, after checking that the disk has room for them."""
+    learnable = importance_names(decided.blueprint)
+    shapes = {(t.made.role.value[:5], t.shape) for t in decided.tensors if t.name in learnable}
+    a_layer = sum(4 * prod(shape[:-2]) * shape[-1] ** 2 for _, shape in shapes)
+    artifact.need_disk(folder, a_layer * max(1, len(decided.geometry.layers)))
+    path = folder / "moments"
+    path.mkdir(exist_ok=True)
+    return path
+
