@@ -14,6 +14,7 @@ from edgekit.errors import EdgekitError
 Ask = Callable[[Sequence[Mapping[str, str]], bool], str]
 """(messages, add_generation_prompt) -> prompt."""
 
+_ORDER = "a conversation is [system], user, assistant, user, ... and ends with the user"
 _SYSTEM, _USER, _ASSISTANT = "S7system7S", "U7user{}7U", "A7assistant{}7A"
 
 
@@ -47,16 +48,18 @@ class ChatShape:
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """[system], user, assistant, user, ... with a user turn at the end. Raises EdgekitError for another order."""
         turns = [(m["role"], m["content"].strip() if self.trims else m["content"]) for m in messages]
+        if not turns or turns[-1][0] != "user":
+            raise EdgekitError(_ORDER)
         out = [self.bos]
-        if turns and turns[0][0] == "system":
+        if turns[0][0] == "system":
             if self.system_before is None:
                 raise EdgekitError("this chat template has no place for a system message")
             out += [self.system_before, turns.pop(0)[1], self.system_after]
         else:
             out.append(self.opening)
         for i, (role, content) in enumerate(turns):
-            if role != ("user", "assistant")[i % 2] or (i == len(turns) - 1 and role != "user"):
-                raise EdgekitError("a conversation is [system], user, assistant, user, ... and ends with the user")
+            if role != ("user", "assistant")[i % 2]:
+                raise EdgekitError(_ORDER)
             after = self.ask if i == len(turns) - 1 else (self.reply, self.again)[i % 2]
             out += [content, after]
         return "".join(out)

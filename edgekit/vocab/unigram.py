@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from edgekit.vocab.built import NORMAL, PAD_SCORE, SPACE, UNKNOWN, Built, Limit,
 from edgekit.vocab.files import Added, Json
 from edgekit.vocab.protobuf import SentencePiece
 from edgekit.vocab.spaces import Part, parts
+
+_RUN = re.compile(r"(\S)\1{4}")
 
 
 def from_json(tokenizer: Json, added: Mapping[int, Added]) -> Built:
@@ -63,6 +66,8 @@ def _built(
     if charsmap:
         extra["tokenizer.ggml.precompiled_charsmap"] = Typed("array:uint8", list(charsmap))
     built = Built("t5", "default", fill_holes(tokens, types, None), types, scores, extra=extra)
+    reason = "a run of one character may be cut at other places where several ways have the same score"
+    built.limits.append(Limit(reason, lambda text: _RUN.search(text) is not None))
     if charsmap:
         reason = "SentencePiece's rules reach stacked marks and U+0085 in llama.cpp, not in the tokenizers library"
         built.limits.append(Limit(reason, _is_stacked))
