@@ -325,6 +325,40 @@ def test_opening_often_leaks_nothing(noise: Path) -> None:
     assert after - before < 4 << 20, f"{(after - before) / 2**20:.1f} MiB more after 30 sessions"
 
 
+def test_forgotten_sessions_are_freed_in_order(noise: Path, tmp_path: Path) -> None:
+    """The context before its model, also when nobody closed them and the collector finds them in a cycle."""
+    odd = tmp_path / "Modèle 1.gguf"
+    odd.write_bytes(noise.read_bytes())
+    script = f"""
+import gc
+from edgekit.runtime._llama_library import library
+from edgekit.runtime.llama_cpp import open_session
+freed, api = [], library().api
+def spied(name):
+    real = getattr(api, name)
+    def call(handle):
+        freed.append(name)
+        real(handle)
+    setattr(api, name, call)
+spied("llama_free")
+spied("llama_model_free")
+class Cycle: pass
+for i in range(3):
+    session = open_session({str(odd)!r}, n_ctx=64, threads=1)
+    list(session.generate([1, 50], 3))
+    del session
+    gc.collect()
+    cycle = Cycle()
+    cycle.session = open_session({str(odd)!r}, n_ctx=64, threads=1)
+    cycle.session.model.back = cycle
+    del cycle
+    gc.collect()
+assert freed == ["llama_free", "llama_model_free"] * 6, freed
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_trained_model_tells_its_story(stories: Path) -> None:
     with open_session(stories, n_ctx=256, threads=1) as s:
         text = "".join(s.stream(s.tokenize(STORY, add_special=True), 40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ class Context:
         self.n_batch = min(self.n_batch, api.llama_n_batch(handle))
         batch = api.llama_batch_init(self.n_batch, 0, 1)
         self._batch = _Batch(batch, self.n_batch)
-        self._finalizer = weakref.finalize(self, _free_context, handle, pool, batch)
+        self._finalizer = weakref.finalize(self, _free_context, handle, pool, batch, model)
 
     @property
     def handle(self) -> int:
@@ -640,7 +641,7 @@ def open_model(path: str | Path, *, n_gpu_layers: int | None = None, mmap: bool 
     params.load_mode = lib.api.LLAMA_LOAD_MODE_AUTO if mmap else lib.api.LLAMA_LOAD_MODE_NONE
     lib.listen()
     start = perf_counter()
-    handle = lib.api.llama_model_load_from_file(str(path).encode(), params)
+    handle = lib.api.llama_model_load_from_file(os.fsencode(path), params)
     if not handle:
         reason = lib.log.reason() or "no reason given"
         hint = f"edgekit inspect {path} shows what it holds"
@@ -737,8 +738,8 @@ def _notes(model: Model, n_ctx: int) -> tuple[str, ...]:
     return ()
 
 
-def _free_context(handle: int, pool: int | None, batch: Any) -> None:
-    """The pool outlives the context that uses it."""
+def _free_context(handle: int, pool: int | None, batch: Any, _model: Model) -> None:
+    """The pool and the model outlive the context that uses them; being an argument here keeps the model alive."""
     api = library().api
     api.llama_free(handle)
     if pool is not None:
