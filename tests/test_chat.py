@@ -80,11 +80,10 @@ def test_templates_render_as_in_transformers(test_data: Path) -> None:
                     arguments = {"tools": tools, "add_generation_prompt": generation, **specials}
                     try:
                         (expected,), _ = utils.render_jinja_template([talk], chat_template=template, **arguments)
-                    except Exception as e:  # noqa: BLE001 - whatever a template makes of what it does not like
+                    except Exception:  # noqa: BLE001 - whatever a template makes of what it does not like
                         with pytest.raises(TemplateFailed):
                             chat.render(template, talk, **arguments)
                         refused += 1
-                        assert str(e) or True
                         continue
                     assert chat.render(template, talk, **arguments) == expected, where
                     rendered += 1

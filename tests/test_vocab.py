@@ -299,6 +299,7 @@ def test_wordpiece_trained_here(tmp_path: Path) -> None:
     vocabulary = read_vocabulary(tmp_path, {})
     assert (vocabulary.ids["cls"], vocabulary.ids["sep"], vocabulary.ids["mask"]) == (2, 3, 4)
     assert vocabulary.add_bos and vocabulary.add_eos
+    assert vocabulary.metadata()["tokenizer.ggml.token_type_count"] == 2  # BertConfig's own default
     check_parity(vocabulary)
 
 

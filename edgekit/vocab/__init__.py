@@ -212,6 +212,9 @@ def _finish(
     frame = special.frame_of(tokenizer, built.tokens) if files.tokenizer else special.frame_of_config(files, model)
     found = special.find(files, built.tokens, frame, _roles(tokenizer, model, built))
     check_unique(built.tokens)
+    segments = files.model_config.get("type_vocab_size", 2 if built.model == "bert" else None)
+    if isinstance(segments, int) and segments > 0:  # BERT's: its runtime reads it with the vocabulary
+        built.extra["tokenizer.ggml.token_type_count"] = segments
     limits = [*built.limits, *added_limits(added), *special.frame_limits(frame, built.tokens)]
     limits += [*literal_limits(built.model, added), *forced_limits(built)]
     if frame.pair_sep and built.model in ("bert", "gpt2"):
