@@ -350,7 +350,7 @@ for i in range(3):
     gc.collect()
     cycle = Cycle()
     cycle.session = open_session({str(odd)!r}, n_ctx=64, threads=1)
-    cycle.session.model.back = cycle
+    cycle.session.owner = cycle
     del cycle
     gc.collect()
 assert freed == ["llama_free", "llama_model_free"] * 6, freed
