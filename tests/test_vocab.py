@@ -622,6 +622,24 @@ def test_a_damaged_sentencepiece_model(test_data: Path, tmp_path: Path) -> None:
             assert str(e)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x0a\x05\x0a\x7fabc",  # a piece whose text is longer than the piece
+        b"\x0a\xff\x01abc",  # a piece longer than the file
+        b"\x0a" + b"\x80" * 11 + b"\x01",  # a length of 77 bits
+        b"\x0a\x02\x0a\x00\x0b",  # a group, which the format has given up
+        b"\x0a\x04\x0a\x02\xff\xfe",  # text that is not UTF-8
+        b"\x0a\x04\x0a\x00\x18\x09",  # a type of piece that does not exist
+        b"\x12\x00",  # no pieces at all
+    ],
+)
+def test_sentencepiece_fields_that_lie(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"tokenizer\.model"):
+        read_vocabulary(tmp_path, {})
+
+
 def test_tiktoken_files_alone_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedVocabulary, match=r"no tokenizer\.json"):
         read_vocabulary(tmp_path, {})
