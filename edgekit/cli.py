@@ -40,6 +40,12 @@ class Verify(StrEnum):
     full = "full"
 
 
+class Effort(StrEnum):
+    low = "low"
+    normal = "normal"
+    high = "high"
+
+
 class Prefer(StrEnum):
     quality = "quality"
     speed = "speed"
@@ -57,6 +63,13 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe name o
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the cores worth using.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 File = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made by `edgekit convert`, or a .gguf file.")]
+Keep = Annotated[bool, typer.Option("--keep", help="Leave the result in the artefact folder, for `edgekit report`.")]
+Against = Annotated[
+    str,
+    typer.Option(
+        "--against", "-a", metavar="REF", help="The model it was made from, a GGUF, an artefact, or a stored reference."
+    ),
+]
 
 
 @app.command()
@@ -70,6 +83,10 @@ def convert(
     prefer: PreferOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to make; default NAME-TARGET.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Model name in file names and metadata.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="none, self, a text or .jsonl of chats, or an imatrix file.")
+    ] = None,
+    effort: Annotated[Effort, typer.Option("--effort", help="How much to read when calibrating.")] = Effort.normal,
     verify: Annotated[Verify | None, typer.Option("--verify", help="How much to prove afterwards.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Error if a tensor cannot hold its format.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and print; write nothing.")] = False,
@@ -86,6 +103,8 @@ def convert(
         context=ctx_size,
         kv=kv,
         prefer=prefer,
+        calibration=calibration,
+        effort=effort,
         verify=verify,
         name=name,
         out=out,
@@ -165,6 +184,7 @@ def bench(
     json_: Json = False,
     md: Annotated[bool, typer.Option("--md", help="Markdown table, as llama-bench prints it.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated rows.")] = False,
+    keep: Keep = False,
 ) -> None:
     """Measure prefill and decode speed on this machine, as llama-bench does."""
     from edgekit import benchmark, console
@@ -179,12 +199,83 @@ def bench(
             threads=threads,
             progress=progress,
         )
+    if keep:
+        benchmark.keep(result, artifact)
     if json_:
         _print_json(benchmark.as_json(result))
     elif md or csv:
         typer.echo(benchmark.markdown(result) if md else benchmark.as_csv(result))
     else:
         console.out().print(console.bench_screen(result))
+
+
+@app.command("eval")
+def evaluate(
+    artifact: File,
+    against: Against,
+    text: Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Held-out text, or .jsonl chats.")] = None,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, help="Read at most so many pieces of it.")] = None,
+    ctx_size: Annotated[int | None, typer.Option("--ctx-size", "-c", min=16, help="Tokens of a piece.")] = None,
+    prompts: Annotated[
+        str, typer.Option("--prompts", metavar="FILE", help="One prompt a line or .jsonl chats; builtin, or none.")
+    ] = "builtin",
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", "-n", min=1, help="Length of compared answers.")] = 48,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAMES", help="lm-evaluation-harness tasks or .yaml files, with commas."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each task.")] = None,
+    floor: Annotated[bool, typer.Option("--floor/--no-floor", help="Measure the noise floor too.")] = True,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Store the reference's predictions (.npz).")
+    ] = None,
+    threads: Threads = None,
+    keep: Keep = False,
+    json_: Json = False,
+) -> None:
+    """Measure what was lost: perplexity, KL divergence, changed answers, task scores, against a reference."""
+    from edgekit import console, evaluation, flips
+
+    options = evaluation.Options(
+        text=text,
+        chunks=chunks,
+        n_ctx=ctx_size,
+        threads=threads,
+        floor=floor,
+        save=save,
+        prompts=flips.prompts_from(prompts),
+        answer_tokens=answer_tokens,
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
+        limit=limit,
+    )
+    with console.progress_bars(quiet=json_) as progress:
+        found = evaluation.evaluate(artifact, against, options, progress=progress)
+    if keep:
+        evaluation.keep(found, artifact)
+    if json_:
+        _print_json(found.as_json())
+    else:
+        console.show_warnings(found.notes)
+        console.out().print(console.evaluation_screen(found))
+
+
+@app.command()
+def report(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Folders made by `edgekit convert`.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: report.html beside the first one.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a file that edgekit did not make.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write one HTML page about one artefact, or several side by side; it opens from disk, without a network."""
+    from edgekit import report as pages
+
+    path = pages.write(artifacts, out, force=force)
+    if json_:
+        _print_json({"report": str(path), "bytes": path.stat().st_size, "artifacts": [str(a) for a in artifacts]})
+    else:
+        typer.echo(str(path))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgekit import arch, artifact, verification
+from edgekit import arch, artifact, tuning, verification
 from edgekit.arch import Blueprint, Role
 from edgekit.artifact import Artifact
 from edgekit.checkpoint import Checkpoint, open_checkpoint
@@ -18,12 +19,14 @@ from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.export import gguf
 from edgekit.export.gguf import Written
 from edgekit.gguf_file import MetaValue, plain
+from edgekit.imatrix_file import Imatrix
 from edgekit.planning import Plan, cpu_threads, require_fit
 from edgekit.planning import plan as decide
 from edgekit.quant import presets
 from edgekit.recipe import Recipe
 from edgekit.share import card, ollama
 from edgekit.target import Target
+from edgekit.tuning import Outcome
 from edgekit.units import Progress, silent
 from edgekit.verification import Certificate
 from edgekit.vocab import Vocabulary, read_vocabulary
@@ -38,12 +41,14 @@ class Options:
     context: int | None = None
     kv: str | None = None
     prefer: str | None = None
+    calibration: str | None = None
     verify: str | None = None
     name: str | None = None
     out: Path | None = None
     strict: bool = False
     force: bool = False
     threads: int | None = None
+    effort: str = "normal"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Conversion:
     artifact: Artifact | None = None
     certificate: Certificate | None = None
     warnings: tuple[str, ...] = ()
+    outcome: Outcome | None = None
 
 
 def open_source(model: str | Path, *, progress: Progress = silent) -> Source:
@@ -85,8 +91,10 @@ def plan(model: str | Path, target: str = "host", options: Options = Options(), 
     return plan_source(open_source(model, progress=progress), Target.load(target), options)
 
 
-def plan_source(source: Source, target: Target, options: Options = Options()) -> Plan:
-    """Plan an opened source for one target."""
+def plan_source(
+    source: Source, target: Target, options: Options = Options(), importance: Collection[str] = ()
+) -> Plan:
+    """Plan an opened source for one target. `importance`: tensors that will have an importance vector."""
     export = Recipe.load(options.recipe).export
     if export.format != "gguf":
         raise UnsupportedModel(f"recipe {options.recipe} writes {export.format}", "edgekit recipes list")
@@ -99,6 +107,7 @@ def plan_source(source: Source, target: Target, options: Options = Options()) ->
         context=options.context or export.ctx_size,
         kv_type=options.kv or export.kv,
         prefer=options.prefer or export.prefer,
+        importance=importance,
     )
 
 
@@ -127,7 +136,10 @@ def convert(
     device = Target.load(target)
     recipe = Recipe.load(options.recipe)
     source = open_source(model, progress=progress)
-    decided = plan_source(source, device, options)
+    wanted = options.calibration or recipe.export.calibration
+    brought = _brought(wanted, source)
+    names = importance_names(source, wanted, brought)
+    decided = plan_source(source, device, options, names)
     require_fit(decided, alternatives(source, device, options))
     refuse_fallbacks(decided, strict=options.strict)
     name = safe_name(options.name or source.checkpoint.name)
@@ -136,25 +148,98 @@ def convert(
     conversion = Conversion(decided, source, device, out, warnings=_warnings(source, decided))
     if dry_run:
         return conversion
-    level = options.verify or recipe.export.verify
-    return _make(conversion, f"{name}-{decided.preset.name}.gguf", recipe, level, options, progress)
+    return _make(conversion, _Job(name, recipe, options, wanted, brought), progress)
 
 
-def _make(
-    conversion: Conversion, file_name: str, recipe: Recipe, level: str, options: Options, progress: Progress
-) -> Conversion:
-    decided, source, out = conversion.plan, conversion.source, conversion.out
-    threads = options.threads or cpu_threads()
-    with artifact.staging(out, force=options.force) as stage:
-        written = gguf.write(decided, stage / file_name, threads=threads, progress=progress)
+@dataclass(frozen=True)
+class _Job:
+    """What `_make` needs beside the conversion."""
+
+    name: str
+    recipe: Recipe
+    options: Options
+    calibration: str
+    brought: Imatrix | None
+
+    @property
+    def threads(self) -> int:
+        return self.options.threads or cpu_threads()
+
+
+def _brought(calibration: str, source: Source) -> Imatrix | None:
+    """The importance matrix, where the user gave one (`.gguf` or `.dat`) instead of a text."""
+    if not calibration.lower().endswith((".gguf", ".dat", ".imatrix")):
+        return None
+    return tuning.bring(Path(calibration), source.blueprint)
+
+
+def importance_names(source: Source, calibration: str, brought: Imatrix | None) -> Collection[str]:
+    """Tensors that will have an importance vector: what the plan needs to know before anything is read."""
+    if calibration == "none":
+        return ()
+    if not source.blueprint.geometry.causal:
+        raise UnsupportedModel("calibration reads text as a decoder does; this is an encoder", "--calibration none")
+    return brought.importance().keys() if brought else tuning.importance_names(source.blueprint)
+
+
+def _make(conversion: Conversion, job: _Job, progress: Progress) -> Conversion:
+    source, out, threads = conversion.source, conversion.out, job.threads
+    with artifact.staging(out, force=job.options.force) as stage:
+        conversion, written = _write(conversion, job, stage, progress)
+        level = job.options.verify or job.recipe.export.verify
         certificate = verification.verify(
-            written.path, decided, source.checkpoint, source.vocabulary, level=level, threads=threads, progress=progress
+            written.path,
+            conversion.plan,
+            source.checkpoint,
+            source.vocabulary,
+            level=level,
+            threads=threads,
+            progress=progress,
         )
-        for path, text in _companions(conversion, file_name, certificate).items():
+        for path, text in _companions(conversion, written.path.name, certificate).items():
             (stage / path).write_text(text, encoding="utf-8")
-        artifact.seal(stage, _manifest(conversion, written, certificate, recipe), {file_name: written.sha256})
+        manifest = _manifest(conversion, written, certificate, job.recipe)
+        artifact.seal(stage, manifest, {written.path.name: written.sha256})
     warnings = conversion.warnings + certificate.warnings
     return replace(conversion, artifact=artifact.open_artifact(out), certificate=certificate, warnings=warnings)
+
+
+def _write(conversion: Conversion, job: _Job, stage: Path, progress: Progress) -> tuple[Conversion, Written]:
+    """The model file in `stage`: written at once, or chosen among candidates where there is text to learn from."""
+    decided = conversion.plan
+    if job.calibration == "none" or job.brought:
+        importance = job.brought.importance() if job.brought else None
+        path = stage / file_name(job.name, decided)
+        return conversion, gguf.write(decided, path, gguf.Encoding(job.threads, importance), progress=progress)
+    with tempfile.TemporaryDirectory(prefix="work-", dir=stage) as temporary:
+        outcome = _tune(conversion, job, Path(temporary), progress)
+        path = stage / file_name(job.name, outcome.plan)
+        outcome.written.path.replace(path)
+    warnings = conversion.warnings + outcome.warnings
+    done = replace(conversion, plan=outcome.plan, outcome=outcome, warnings=warnings)
+    return done, replace(outcome.written, path=path)
+
+
+def _tune(conversion: Conversion, job: _Job, folder: Path, progress: Progress) -> Outcome:
+    decided, source = conversion.plan, conversion.source
+    with verification.unquantised(folder, decided, threads=job.threads, progress=progress) as model:
+        known = tuning.learn(
+            model,
+            decided,
+            job.calibration,
+            verification.chat_template(source.checkpoint, source.vocabulary),
+            digest=source.checkpoint.digest,
+            effort=job.options.effort,
+            spill=tuning.spill_folder(folder, decided),
+            threads=job.threads,
+            progress=progress,
+        )
+        return tuning.choose(decided, {}, known, folder, threads=job.threads, progress=progress)
+
+
+def file_name(name: str, decided: Plan) -> str:
+    """By the GGUF naming convention: model, then the preset."""
+    return f"{name}-{decided.preset.name}.gguf"
 
 
 def _companions(conversion: Conversion, file_name: str, certificate: Certificate) -> dict[str, str]:
@@ -224,9 +309,21 @@ def _manifest(conversion: Conversion, written: Written, certificate: Certificate
         "recipe": recipe.model_dump(mode="json"),
         "plan": summary(conversion.plan, tensors=True),
         "certificate": asdict(certificate),
+        **_learned(conversion.outcome),
         "warnings": list(conversion.warnings),
         "versions": versions(),
         "instruction_set": platform.machine(),
+    }
+
+
+def _learned(outcome: Outcome | None) -> dict[str, Any]:
+    """What was learned and compared, for the manifest."""
+    if outcome is None:
+        return {}
+    return {
+        "calibration": {"text": outcome.text, "tokens": outcome.tokens, "held_out": outcome.held_out},
+        "candidates": [asdict(c) for c in outcome.candidates],
+        "doubt": outcome.doubt,
     }
 
 
@@ -287,5 +384,6 @@ def conversion_summary(done: Conversion) -> dict[str, Any]:
         "sha256": done.artifact.manifest["files"][done.artifact.model.name]["sha256"] if done.artifact else None,
         "plan": summary(done.plan),
         "certificate": asdict(done.certificate) if done.certificate else None,
+        **_learned(done.outcome),
         "warnings": list(done.warnings),
     }

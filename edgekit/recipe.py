@@ -31,7 +31,10 @@ class Stage(Strict):
 
 
 class Export(Strict):
-    """What is written. `quant` is a preset, or `auto`: the first of `candidates` that fits the target."""
+    """What is written. `quant` is a preset, or `auto`: the first of `candidates` that fits the target.
+
+    `calibration`: `none`, `self` (text the model writes), or a file of text or of an importance matrix.
+    """
 
     format: Literal["gguf", "onnx"] = "gguf"
     quant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=20)] = "auto"
@@ -39,6 +42,7 @@ class Export(Strict):
     prefer: Literal["quality", "speed", "size"] = "quality"
     ctx_size: Annotated[int, Field(gt=0)] | None = None
     kv: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"] = "f16"
+    calibration: str = "none"
     verify: Literal["none", "quick", "full"] = "quick"
 
     @field_validator("candidates")

@@ -269,28 +269,43 @@ def compare_with_source(
             return asdict(quality.compare(source, candidate, tokens, limit, progress=progress))
 
 
-@contextmanager
-def unquantised(folder: Path, decided: Plan, *, threads: int, progress: Progress = silent) -> Iterator[Path]:
-    """A temporary GGUF of the same tensors in the source's own precision, in `folder`; removed afterwards.
-
-    Raises DoesNotFit when disk or memory has no room for it.
-    """
+def source_precision(decided: Plan) -> str:
+    """The preset that holds the source's tensors without loss: F32, BF16 or F16."""
     kinds = {source.dtype for t in decided.tensors for source in t.made.sources}
-    preset = "F32" if "F32" in kinds or "F64" in kinds else "BF16" if "BF16" in kinds else "F16"
+    return "F32" if "F32" in kinds or "F64" in kinds else "BF16" if "BF16" in kinds else "F16"
+
+
+@contextmanager
+def unquantised(
+    folder: Path,
+    decided: Plan,
+    *,
+    threads: int,
+    preset: str | None = None,
+    beside: int | None = None,
+    progress: Progress = silent,
+) -> Iterator[Path]:
+    """A temporary GGUF of the same tensors in `preset` (the source's own precision), in `folder`; removed afterwards.
+
+    `beside`: bytes of the models that are in memory with it, those of `decided` unless said otherwise. Raises
+    DoesNotFit when disk or memory has no room for it.
+    """
     blank = Target.load("host")
+    preset = preset or source_precision(decided)
     reference = decide(decided.blueprint, decided.metadata, blank, quant=preset, context=QUICK_CONTEXT)
     artifact.need_disk(folder, reference.file_bytes)
-    _need_memory(reference.file_bytes + decided.file_bytes)
+    need_memory(reference.file_bytes + (decided.file_bytes if beside is None else beside))
     with tempfile.TemporaryDirectory(prefix=".edgekit-reference-", dir=folder) as temporary:
-        yield gguf.write(reference, Path(temporary) / "reference.gguf", threads=threads, progress=progress).path
+        yield gguf.write(reference, Path(temporary) / "reference.gguf", gguf.Encoding(threads), progress=progress).path
 
 
-def _need_memory(nbytes: int) -> None:
+def need_memory(nbytes: int, hint: str = "") -> None:
+    """Raise DoesNotFit when models of `nbytes` together are more than the memory that is free."""
     import psutil
 
     free = psutil.virtual_memory().available
     if free < nbytes:
         raise DoesNotFit(
-            f"--verify full loads both models: {show_bytes(nbytes)}, and {show_bytes(free)} of memory is free",
-            "use --verify quick here, and `edgekit eval` on a larger machine",
+            f"both models in memory take {show_bytes(nbytes)}, and {show_bytes(free)} of memory is free",
+            hint or "use --verify quick here, and `edgekit eval` on a larger machine",
         )

@@ -18,12 +18,14 @@ import numpy.typing as npt
 from edgekit.arch import Blueprint
 from edgekit.artifact import need_disk, readable_os_errors
 from edgekit.checkpoint import Checkpoint
+from edgekit.errors import EdgekitError
 from edgekit.gguf_file import MetaValue
 from edgekit.planning import Plan, Planned
-from edgekit.quant import ggml
+from edgekit.quant import ggml, gptq
 from edgekit.units import Progress, silent
 from edgekit.vocab import Vocabulary
 
+Slab = npt.NDArray[np.float32]
 Importance = Mapping[str, npt.NDArray[np.float32]]
 """GGUF tensor name -> mean squares of its input columns, float32 (cols,) or, for stacked experts, (experts, cols)."""
 
@@ -58,27 +60,54 @@ class _Sink:
         return self._digest.hexdigest()
 
 
-def write(
-    plan: Plan,
-    path: Path,
-    *,
-    threads: int = 1,
-    importance: Importance | None = None,
-    progress: Progress = silent,
-) -> Written:
+class Feedback:
+    """Second moments of the inputs, by tensor name, ready for error feedback; shared inputs are factored once.
+
+    `moments[name]` is float32 (cols, cols), or (experts, cols, cols) for stacked experts.
+    """
+
+    def __init__(self, moments: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        self._moments = moments
+        self._key: tuple[int, int] | None = None
+        self._curvature: gptq.Curvature | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._moments
+
+    def curvature(self, name: str, expert: int) -> gptq.Curvature:
+        """The factors for one matrix. Only the last are kept: they are as large as the moment itself."""
+        moment = self._moments[name]
+        key = (id(moment), expert)
+        if self._curvature is None or key != self._key:
+            self._curvature = None
+            self._curvature = gptq.prepare(moment[expert] if moment.ndim == 3 else moment)
+            self._key = key
+        return self._curvature
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How weights become bytes: threads, and what is known of the inputs. None: every input counts the same."""
+
+    threads: int = 1
+    importance: Importance | None = None
+    feedback: Feedback | None = None
+
+
+def write(plan: Plan, path: Path, encoding: Encoding = Encoding(), *, progress: Progress = silent) -> Written:
     """Write `plan` to `path` and return its hash. Raises DoesNotFit (disk), CorruptCheckpoint, EdgekitError."""
     need_disk(path.parent, plan.file_bytes)
     try:
         with readable_os_errors(path), path.open("wb") as file:
             sink = _Sink(file)
-            _write_all(plan, sink, threads, importance or {}, progress)
+            _write_all(plan, sink, encoding, progress)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return Written(path, sink.position, sink.hexdigest())
 
 
-def _write_all(plan: Plan, sink: _Sink, threads: int, importance: Importance, progress: Progress) -> None:
+def _write_all(plan: Plan, sink: _Sink, encoding: Encoding, progress: Progress) -> None:
     sink.write(plan.header.bytes)
     total, done = sum(t.made.values for t in plan.tensors), 0
     progress("quantize", 0, total)
@@ -86,10 +115,10 @@ def _write_all(plan: Plan, sink: _Sink, threads: int, importance: Importance, pr
     with ThreadPoolExecutor(1) as reader:
         for tensor, offset in zip(plan.tensors, plan.header.offsets, strict=True):
             sink.pad_to(offset)
-            weights = importance.get(tensor.name)
             row = 0
             for slab in _read_ahead(reader, tensor.made.stream(SLAB)):
-                sink.write(encode_slab(tensor, slab, row, weights, threads))
+                for part, expert in _by_expert(tensor, slab, row):
+                    sink.write(_encode(tensor, part, expert, encoding))
                 row += slab.shape[0]
                 done += slab.size
                 progress("quantize", done, total)
@@ -97,36 +126,34 @@ def _write_all(plan: Plan, sink: _Sink, threads: int, importance: Importance, pr
     sink.pad_to(plan.header.file_size)
 
 
-def encode_slab(
-    tensor: Planned,
-    slab: npt.NDArray[np.float32],
-    row: int,
-    importance: npt.NDArray[np.float32] | None,
-    threads: int,
-) -> memoryview:
-    """float32 (rows, cols), which starts at `row` of the tensor -> its bytes in the planned format."""
-    if importance is None or importance.ndim == 1:
-        return _encode(tensor, slab, importance, threads)
-    # stacked experts: rows of one expert share one vector
-    per_expert = tensor.made.values // tensor.shape[-1] // importance.shape[0]
-    parts, start = [], 0
+def _by_expert(tensor: Planned, slab: Slab, row: int) -> Iterator[tuple[Slab, int]]:
+    """Cut a slab that begins at `row` where one stacked expert ends and the next begins; a matrix is expert 0."""
+    per_expert = tensor.shape[-2] if len(tensor.shape) == 3 else max(1, row + slab.shape[0])
+    start = 0
     while start < slab.shape[0]:
         expert = (row + start) // per_expert
         stop = min(slab.shape[0], (expert + 1) * per_expert - row)
-        parts.append(_encode(tensor, slab[start:stop], importance[expert], threads))
+        yield slab[start:stop], expert
         start = stop
-    return memoryview(b"".join(parts))
 
 
-def _encode(
-    tensor: Planned, slab: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None, threads: int
-) -> memoryview:
-    return ggml.encode(slab, tensor.format, importance, threads).reshape(-1).data
+def _encode(tensor: Planned, rows: Slab, expert: int, encoding: Encoding) -> memoryview:
+    """float32 (rows, cols) of one expert -> its bytes in the planned format. Names the tensor in what it raises."""
+    weights = encoding.importance.get(tensor.name) if encoding.importance else None
+    if weights is not None and weights.ndim == 2:
+        weights = weights[expert]
+    feedback = encoding.feedback
+    try:
+        if feedback is not None and tensor.name in feedback and tensor.format.name in gptq.FORMATS:
+            curvature = feedback.curvature(tensor.name, expert)
+            found = gptq.encode(rows, tensor.format, curvature, importance=weights, threads=encoding.threads)
+            return found.data.reshape(-1).data
+        return ggml.encode(rows, tensor.format, weights, encoding.threads).reshape(-1).data
+    except EdgekitError as e:
+        raise type(e)(f"{tensor.name}: {e}", e.hint) from None
 
 
-def _read_ahead(
-    reader: ThreadPoolExecutor, slabs: Iterator[npt.NDArray[np.float32]]
-) -> Iterator[npt.NDArray[np.float32]]:
+def _read_ahead(reader: ThreadPoolExecutor, slabs: Iterator[Slab]) -> Iterator[Slab]:
     """`slabs`, each asked for while the one before is being used."""
     step = lambda: next(slabs, None)  # noqa: E731 - the reader needs a callable
     pending = reader.submit(step)
