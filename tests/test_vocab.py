@@ -402,6 +402,18 @@ def test_tokens_added_to_a_sentencepiece_model(test_data: Path, tmp_path: Path) 
     check_parity(vocabulary)
 
 
+def test_special_tokens_that_the_normaliser_hides(test_data: Path, tmp_path: Path) -> None:
+    """Early Llama files mark `<s>` as normalized: behind a letter their tokenizer reads it as text."""
+    data = json.loads((test_data / "models" / "stories260K" / "tokenizer.json").read_text())
+    for token in data["added_tokens"]:
+        token["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    vocabulary = read_vocabulary(tmp_path, {})
+    assert 1 not in vocabulary.reference().encode("a<s>", add_special=False)
+    assert vocabulary.excuse("a<s>") and not vocabulary.excuse("a <b>")
+    check_parity(vocabulary)
+
+
 def test_spaces_go_as_the_chat_template_needs_them(test_data: Path, tmp_path: Path) -> None:
     """Mistral's tokenizer puts a space before a text, not after [INST]: the prompt of a chat must come out the same."""
     shutil.copy(test_data / "tokenizers" / "mistral-v3" / "tokenizer.json", tmp_path)

@@ -17,7 +17,7 @@ from edgekit.vocab import bpe, sentencepiece, special, unigram, wordpiece
 from edgekit.vocab.built import NORMAL, PAD_SCORE, UNUSED, Built, Limit, check_unique
 from edgekit.vocab.equivalent import tokenizer_json
 from edgekit.vocab.files import Added, Files, added_tokens, read_files
-from edgekit.vocab.limits import added_limits, forced_limits, literal_limits, name_hint
+from edgekit.vocab.limits import added_limits, forced_limits, literal_limits, name_hint, normalized_limits
 from edgekit.vocab.probe import Probe
 from edgekit.vocab.protobuf import BPE, UNIGRAM, SentencePiece, read_sentencepiece
 from edgekit.vocab.reference import Reference, TokenizerJson
@@ -216,6 +216,7 @@ def _finish(
     if isinstance(segments, int) and segments > 0:  # BERT's: its runtime reads it with the vocabulary
         built.extra["tokenizer.ggml.token_type_count"] = segments
     limits = [*built.limits, *added_limits(added), *special.frame_limits(frame, built.tokens)]
+    limits += normalized_limits(tokenizer, added)
     limits += [*literal_limits(built.model, added), *forced_limits(built)]
     if frame.pair_sep and built.model in ("bert", "gpt2"):
         built.extra["tokenizer.ggml.add_sep_token"] = True

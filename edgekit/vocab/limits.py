@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from edgekit.vocab.built import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Built, Limit
-from edgekit.vocab.files import Added
+from edgekit.vocab.files import Added, Json
+from edgekit.vocab.spaces import parts
 from edgekit.vocab.special import ROLE_TEXTS, STOP_TEXTS
 
 
@@ -22,6 +23,16 @@ def added_limits(added: Mapping[int, Added]) -> list[Limit]:
         pattern = re.compile("|".join(rf"\w{re.escape(t)}|{re.escape(t)}\w" for t in whole))
         limits.append(Limit(f"{_names(whole)} counts only as a whole word in the model's tokenizer", _search(pattern)))
     return limits
+
+
+def normalized_limits(tokenizer: Json, added: Mapping[int, Added]) -> list[Limit]:
+    """Tokens marked `normalized` are looked for in the normalised text: where that has a space put in front of it, the
+    library finds `▁<s>` and not `<s>`, so only at the beginning and after a space."""
+    if not any(p.get("type") == "Prepend" for p in parts(tokenizer.get("normalizer"), "normalizers")):
+        return []
+    tokens = [t.content for t in added.values() if t.normalized and t.content]
+    reason = f"the model's tokenizer finds {_names(tokens)} only behind a space; llama.cpp finds it everywhere"
+    return [Limit(reason, _search(_any_of(tokens)))] if tokens else []
 
 
 def forced_limits(built: Built) -> list[Limit]:

@@ -27,12 +27,15 @@ class TokenizerJson:
     def __init__(self, tokenizer: Mapping[str, Any], added: Mapping[int, Added], where: Path) -> None:
         from tokenizers import AddedToken, Tokenizer
 
-        bare = _numbered(dict(tokenizer) | {"truncation": None, "padding": None})
+        numbered = _numbered(tokenizer)
+        as_is = numbered is tokenizer and where.name == "tokenizer.json" and where.is_file()
         try:
-            self._tokenizer = Tokenizer.from_str(json.dumps(bare))
+            self._tokenizer = Tokenizer.from_file(str(where)) if as_is else Tokenizer.from_str(json.dumps(numbered))
         except Exception as e:  # noqa: BLE001 - the Rust library raises plain Exception for everything it cannot parse
             raise UnsupportedVocabulary(f"{where}: the tokenizers library does not read it ({e})") from None
-        known = {entry["id"] for entry in bare.get("added_tokens") or ()}
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        known = {entry["id"] for entry in tokenizer.get("added_tokens") or ()}
         for number, token in added.items():
             if number not in known and number == self._tokenizer.get_vocab_size():
                 flags = {k: getattr(token, k) for k in ("special", "normalized", "lstrip", "rstrip", "single_word")}
@@ -46,7 +49,7 @@ class TokenizerJson:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def _numbered(tokenizer: dict[str, Any]) -> dict[str, Any]:
+def _numbered(tokenizer: Mapping[str, Any]) -> Mapping[str, Any]:
     """The library numbers added tokens anew, whatever ids the file gives, unless the vocabulary holds them."""
     vocab = tokenizer.get("model", {}).get("vocab")
     added = tokenizer.get("added_tokens") or []
@@ -56,4 +59,4 @@ def _numbered(tokenizer: dict[str, Any]) -> dict[str, Any]:
     if beyond == list(range(len(vocab), len(vocab) + len(beyond))):
         return tokenizer
     full = vocab | {t["content"]: t["id"] for t in added}
-    return tokenizer | {"model": dict(tokenizer["model"]) | {"vocab": full}}
+    return dict(tokenizer) | {"model": dict(tokenizer["model"]) | {"vocab": full}}
