@@ -46,7 +46,10 @@ def find(checkpoint: Checkpoint) -> Family:
         raise _unknown("model family", kind if isinstance(kind, str) else " ".join(classes) or "?", families)
     family = _offered(kind)
     if classes and not set(classes) & set(family.architectures):
-        raise _unknown(f"{kind} model class", classes[0], family.architectures)
+        error = _unknown(f"{kind} model class", classes[0], family.architectures)
+        if other := next((name for name in families if classes[0] in _offered(name).architectures), None):
+            error.hint = f"{classes[0]} belongs to model_type {other!r}: config.json contradicts itself"
+        raise error
     return family
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgekit.arch._config import Settings
-from edgekit.arch._family import Dims, Output, Source, output
+from edgekit.arch._family import MAX_LAYERS, Dims, Output, Source, output
 from edgekit.arch._make import Maker, as_is, part, stacked
 from edgekit.arch._types import Role
 from edgekit.gguf_file import MetaValue
@@ -110,7 +110,7 @@ def read_dims(s: Settings) -> Dims:
         s.refuse("num_key_value_heads", f"does not divide num_attention_heads {heads}")
     return Dims(
         hidden=hidden,
-        layers=s.integer("num_hidden_layers"),
+        layers=s.integer("num_hidden_layers", high=MAX_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         head=head,

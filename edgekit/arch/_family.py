@@ -129,8 +129,6 @@ def build(family: Family, checkpoint: Checkpoint) -> Blueprint:
     settings = Settings(_section(family, checkpoint.config), family.defaults)
     reading = family.read(settings, checkpoint.root)
     settings.check_rest()
-    if reading.dims.layers > MAX_LAYERS or reading.dims.experts > MAX_EXPERTS:
-        raise UnsupportedModel(f"llama.cpp holds up to {MAX_LAYERS} layers of {MAX_EXPERTS} experts")
     tensors = _Tensors(family, checkpoint)
     reading = _settle_head(family, reading, tensors)
     made = [_made(o, reading, tensors, layer) for o in family.outputs for layer in _layers(o, reading)]

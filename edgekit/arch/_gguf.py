@@ -129,7 +129,9 @@ def _windows(keys: _Keys, arch: str) -> list[int | None]:
     every, first = _WINDOWED.get(arch, (0, False))
     if isinstance(pattern, int) and not isinstance(pattern, bool):
         every = pattern
-    if not window or arch == "phi3" or not (every or isinstance(pattern, list | tuple)):
+    if window and every == pattern == 0:
+        return [window] * keys.layers
+    if not window or arch == "phi3" or (every <= 0 and not isinstance(pattern, list | tuple)):
         return [None] * keys.layers
     if isinstance(pattern, list | tuple) and len(pattern) >= keys.layers:
         return [window if on else None for on in pattern[: keys.layers]]

@@ -116,8 +116,9 @@ def read_rope(
     if unknown := sorted(set(values) - _KNOWN):
         raise UnsupportedModel(f"config.json: rope parameter {unknown[0]!r} is not understood")
     width = _rotated(s, values, head, partial)
-    theta = values.get("rope_theta") or s.raw("rope_theta") or s.raw("rotary_emb_base") or 10000.0
-    p = _Parameters(s, values, checked_number("config.json: rope_theta", theta), context, width)
+    given = (values.get("rope_theta"), s.raw("rope_theta"), s.raw("rotary_emb_base"), 10000.0)
+    theta = checked_number("config.json: rope_theta", next(g for g in given if g is not None))
+    p = _Parameters(s, values, theta, context, width)
     if p.theta <= 0:
         raise CorruptCheckpoint(f"config.json: rope_theta is {p.theta!r}, expected a number above zero")
     base: dict[str, MetaValue] = {"rope.dimension_count": width, "rope.freq_base": p.theta}

@@ -96,7 +96,7 @@ def pooling(root: Path) -> dict[str, MetaValue]:
         raise CorruptCheckpoint(f"{root / folder / 'config.json'} is not an object")
     chosen = {key for key, on in config.items() if key.startswith("pooling_mode_") and on}
     name = config.get("pooling_mode") or _FLAGS.get(next(iter(chosen), ""))
-    if len(chosen) > 1 or name not in POOLING:
+    if len(chosen) > 1 or not isinstance(name, str) or name not in POOLING:
         raise UnsupportedModel(f"pooling {sorted(chosen) or name!r}: llama.cpp computes {', '.join(POOLING)}")
     return {"pooling_type": POOLING[name]}
 

@@ -45,7 +45,7 @@ def windowed(s: Settings, d: Dims, every: int) -> tuple[bool, ...]:
     kinds = s.numbers("layer_types")
     if kinds is None:
         return tuple((i + 1) % every != 0 for i in range(d.layers))
-    if len(kinds) != d.layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+    if len(kinds) != d.layers or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
         s.refuse("layer_types", f"expected {d.layers} of 'sliding_attention' and 'full_attention'")
     return tuple(kind == "sliding_attention" for kind in kinds)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edgekit.arch._config import Settings
 from edgekit.arch._decoder import GELU, B, keys, layer_norm
-from edgekit.arch._family import Dims, Family, Reading, output
+from edgekit.arch._family import MAX_LAYERS, Dims, Family, Reading, output
 from edgekit.arch._make import transposed
 from edgekit.arch._types import Role
 
@@ -51,7 +51,7 @@ def read(s: Settings, root: Path) -> Reading:
         s.refuse("n_head", f"does not divide n_embd {hidden}")
     d = Dims(
         hidden=hidden,
-        layers=s.integer("n_layer"),
+        layers=s.integer("n_layer", high=MAX_LAYERS),
         heads=heads,
         kv_heads=heads,
         head=hidden // heads,

@@ -37,6 +37,7 @@ DEFAULTS = {
     "attention_bias": True,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
     "rotary_pct": 0.25,
     "tie_word_embeddings": False,
     "use_parallel_residual": True,

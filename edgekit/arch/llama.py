@@ -33,7 +33,12 @@ ATTENTION = (
     output(B + "attn_output.bias", Role.BIAS, L + "self_attn.o_proj.bias", "hidden", when="attention_bias"),
 )
 TABLE = (*ENDS, *NORMS, *ATTENTION, *GATED_FFN, *GATED_FFN_BIAS)
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
 def read(s: Settings, root: Path) -> Reading:

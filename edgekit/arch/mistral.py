@@ -18,5 +18,9 @@ def read(s: Settings, root: Path) -> Reading:
     return replace(full, dims=d, metadata={**full.metadata, **keys(d)}, notes=full.notes + notes)
 
 
-DEFAULTS = llama.DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096}
+DEFAULTS = llama.DEFAULTS | {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
 FAMILY = Family("llama", ("MistralForCausalLM",), read, llama.TABLE, DEFAULTS, (INV_FREQ,))

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgekit.arch import llama, mistral
 from edgekit.arch._config import Settings
 from edgekit.arch._decoder import ENDS, INV_FREQ, NORMS, B, L, expert_keys, experts
-from edgekit.arch._family import Family, Output, Reading, Source
+from edgekit.arch._family import MAX_EXPERTS, Family, Output, Reading, Source
 from edgekit.arch._types import Role
 
 _ROUTER = ("experts", "hidden")
@@ -28,12 +28,13 @@ TABLE = (
 def read(s: Settings, root: Path) -> Reading:
     """Mistral's reading and the experts."""
     dense = mistral.read(s, root)
-    count = s.integer("num_local_experts")
+    count = s.integer("num_local_experts", high=MAX_EXPERTS)
     d = replace(dense.dims, experts=count, experts_used=s.integer("num_experts_per_tok", high=count))
     return replace(dense, dims=d, metadata={**dense.metadata, **expert_keys(d)})
 
 
 _DEFAULTS = llama.DEFAULTS | {
+    "max_position_embeddings": 131072,
     "num_key_value_heads": 8,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,

@@ -33,7 +33,12 @@ TABLE = (
     *GATED_FFN,
     output(B + "post_ffw_norm.weight", Role.NORM, L + "post_feedforward_layernorm.weight", "hidden"),
 )
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 
 
 def read(s: Settings, root: Path) -> Reading:

@@ -32,6 +32,7 @@ TABLE = (
 )
 DEFAULTS = {
     "hidden_act": "silu",
+    "max_position_embeddings": 4096,
     "original_max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,

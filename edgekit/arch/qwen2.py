@@ -23,7 +23,13 @@ from edgekit.arch._family import Dims, Family, Reading
 from edgekit.arch._rope import SCALED, read_rope
 
 TABLE = (*ENDS, *NORMS, *attention(), *qkv_bias(""), *GATED_FFN)
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": 32}
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
 def window(s: Settings) -> int | None:

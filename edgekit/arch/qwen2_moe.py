@@ -22,7 +22,7 @@ from edgekit.arch._decoder import (
     square_heads,
     switches,
 )
-from edgekit.arch._family import Dims, Family, Reading, output
+from edgekit.arch._family import MAX_EXPERTS, Dims, Family, Reading, output
 from edgekit.arch._types import Role
 
 _SHARED = L + "mlp.shared_expert."
@@ -43,7 +43,7 @@ def routed(s: Settings, d: Dims) -> Dims:
     """Sizes of the experts; llama.cpp has them in every layer. Raises UnsupportedModel."""
     s.needs("decoder_sparse_step", (1,), "llama.cpp has experts in every layer")
     s.needs("mlp_only_layers", ([],), "llama.cpp has experts in every layer")
-    count = s.integer("num_experts", "num_local_experts")
+    count = s.integer("num_experts", "num_local_experts", high=MAX_EXPERTS)
     used = s.integer("num_experts_per_tok", high=count)
     return replace(d, experts=count, experts_used=used, expert_ffn=s.integer("moe_intermediate_size"))
 

@@ -15,6 +15,7 @@ STEP = 4  # n_no_rope_layer_step, fixed in llama.cpp's graph
 TABLE = (*ENDS, *NORMS, *attention(Q, K), *GATED_FFN)
 DEFAULTS = {
     "hidden_act": "silu",
+    "max_position_embeddings": 32768,
     "no_rope_layer_interval": STEP,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-6,

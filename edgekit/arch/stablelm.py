@@ -45,6 +45,7 @@ TABLE = (
 DEFAULTS = {
     "hidden_act": "silu",
     "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
     "partial_rotary_factor": 0.25,
     "tie_word_embeddings": False,
 }

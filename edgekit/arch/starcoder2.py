@@ -40,6 +40,7 @@ TABLE = (
 )
 DEFAULTS = {
     "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 4096,
     "norm_epsilon": 1e-5,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
