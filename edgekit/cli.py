@@ -60,6 +60,8 @@ Ctx = Annotated[int | None, typer.Option("--ctx-size", "-c", min=1, help="Contex
 Kv = Annotated[str | None, typer.Option("--kv", help="KV cache type: f16, q8_0, q4_0 ...")]
 PreferOption = Annotated[Prefer | None, typer.Option("--prefer", help="What `auto` gives weight to.")]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A recipe name or ./mine.toml.")]
+Size = Annotated[str | None, typer.Option("--target-size", help="Bytes the file may have: 700MiB, 3.2GiB.")]
+Bpw = Annotated[float | None, typer.Option("--target-bpw", help="Bits per weight the file may have.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Default: the cores worth using.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 File = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made by `edgekit convert`, or a .gguf file.")]
@@ -81,6 +83,8 @@ def convert(
     ctx_size: Ctx = None,
     kv: Kv = None,
     prefer: PreferOption = None,
+    target_size: Size = None,
+    target_bpw: Bpw = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to make; default NAME-TARGET.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Model name in file names and metadata.")] = None,
     calibration: Annotated[
@@ -103,6 +107,8 @@ def convert(
         context=ctx_size,
         kv=kv,
         prefer=prefer,
+        target_size=_bytes(target_size),
+        target_bpw=target_bpw,
         calibration=calibration,
         effort=effort,
         verify=verify,
@@ -131,6 +137,8 @@ def plan(
     ctx_size: Ctx = None,
     kv: Kv = None,
     prefer: PreferOption = None,
+    target_size: Size = None,
+    target_bpw: Bpw = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor and its format.")] = False,
     json_: Json = False,
 ) -> None:
@@ -139,7 +147,15 @@ def plan(
     from edgekit.planning import require_fit
     from edgekit.target import Target
 
-    options = pipeline.Options(recipe=recipe, quant=quant, context=ctx_size, kv=kv, prefer=prefer)
+    options = pipeline.Options(
+        recipe=recipe,
+        quant=quant,
+        context=ctx_size,
+        kv=kv,
+        prefer=prefer,
+        target_size=_bytes(target_size),
+        target_bpw=target_bpw,
+    )
     with console.progress_bars(quiet=json_) as progress:
         source = pipeline.open_source(model, progress=progress)
     if all_targets:
@@ -154,6 +170,12 @@ def plan(
         if tensors:
             console.out().print(console.tensor_table(decided))
     require_fit(decided, pipeline.alternatives(source, device, options))
+
+
+def _bytes(text: str | None) -> int | None:
+    from edgekit.units import parse_bytes
+
+    return None if text is None else parse_bytes(text)
 
 
 def _plan_all(source: Any, options: Options, *, json_: bool) -> None:

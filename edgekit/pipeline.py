@@ -18,7 +18,7 @@ from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.export import gguf
 from edgekit.export.gguf import Written
-from edgekit.gguf_file import MetaValue, plain
+from edgekit.gguf_file import MetaValue, encode_header, plain
 from edgekit.imatrix_file import Imatrix
 from edgekit.planning import Plan, cpu_threads, require_fit
 from edgekit.planning import plan as decide
@@ -41,6 +41,8 @@ class Options:
     context: int | None = None
     kv: str | None = None
     prefer: str | None = None
+    target_size: int | None = None
+    target_bpw: float | None = None
     calibration: str | None = None
     verify: str | None = None
     name: str | None = None
@@ -96,6 +98,8 @@ def plan_source(
 ) -> Plan:
     """Plan an opened source for one target. `importance`: tensors that will have an importance vector."""
     export = Recipe.load(options.recipe).export
+    budget = size_budget(source, options)
+    ladder = presets.LADDER if importance else presets.PLAIN_LADDER
     if export.format != "gguf":
         raise UnsupportedModel(f"recipe {options.recipe} writes {export.format}", "edgekit recipes list")
     return decide(
@@ -103,12 +107,26 @@ def plan_source(
         source.metadata,
         target,
         quant=options.quant or export.quant,
-        candidates=export.candidates or presets.LADDER,
+        candidates=ladder if budget else export.candidates or ladder,
         context=options.context or export.ctx_size,
         kv_type=options.kv or export.kv,
         prefer=options.prefer or export.prefer,
         importance=importance,
+        budget=budget,
     )
+
+
+def size_budget(source: Source, options: Options) -> int | None:
+    """Bytes that the file may have: --target-size, or --target-bpw times the weights plus what metadata takes."""
+    if options.target_size is not None and options.target_bpw is not None:
+        raise EdgekitError("--target-size and --target-bpw say the same thing", "give one of them")
+    if options.target_bpw is None:
+        return options.target_size
+    if not 0 < options.target_bpw <= 32:
+        raise EdgekitError(f"{options.target_bpw} bits per weight make no sense", "write for example --target-bpw 4.5")
+    weights = sum(t.values for t in source.blueprint.tensors if t.role is not Role.ROPE)
+    names = [(t.name, t.shape, 0, 4 * t.values) for t in source.blueprint.tensors]
+    return round(weights * options.target_bpw / 8) + len(encode_header(source.metadata, names).bytes)
 
 
 def plan_all(source: Source, options: Options = Options()) -> Iterable[tuple[Target, Plan | DoesNotFit]]:

@@ -163,12 +163,13 @@ def plan(
     kv_type: str = "f16",
     prefer: str = "quality",
     importance: Collection[str] | None = None,
+    budget: int | None = None,
 ) -> Plan:
     """The plan for one target. `metadata` is everything the file will say except what the format decides.
 
     `quant` names a preset, or `auto` takes the best of `candidates` (best quality first) that fits with `context`
-    tokens of KV cache. A named preset is planned whether it fits or not: see `require_fit`.
-    Raises UnknownName (preset), DoesNotFit (auto, nothing fits), EdgekitError.
+    tokens of KV cache, and in a file of `budget` bytes. A named preset is planned whether it fits the memory or not:
+    see `require_fit`. Raises UnknownName (preset), DoesNotFit (a budget too small; auto, nothing fits), EdgekitError.
     """
     if kv_type not in KV_TYPES:
         raise EdgekitError(f"no KV cache type called {kv_type!r}", f"known: {', '.join(KV_TYPES)}")
@@ -178,9 +179,25 @@ def plan(
         return _plan_one(blueprint, metadata, target, presets.get(name), context, kv_type, importance)
 
     if quant.lower() != "auto":
-        return one(quant)
+        return _within(budget, [one(quant)])[0]
     usable = [c for c in candidates if importance or not presets.get(c).needs_importance]
-    return _best([one(c) for c in usable], target, prefer)
+    if budget is None:
+        return _best([one(c) for c in usable], target, prefer)
+    largest_first = sorted(_within(budget, [one(c) for c in usable]), key=lambda p: -p.weight_bytes)
+    return _because(largest_first[0], f"the largest preset of at most {show_bytes(budget)}")
+
+
+def _within(budget: int | None, plans: Sequence[Plan]) -> Sequence[Plan]:
+    """Those of at most `budget` bytes. Raises DoesNotFit with the smallest possible."""
+    fitting = [p for p in plans if budget is None or p.file_bytes <= budget]
+    if not fitting:
+        smallest = min(plans, key=lambda p: p.file_bytes)
+        raise DoesNotFit(
+            f"{show_bytes(budget or 0)} is less than the smallest file, {smallest.preset.name} with "
+            f"{show_bytes(smallest.file_bytes)} ({smallest.file_bytes:,} bytes)",
+            f"allow at least {smallest.file_bytes} bytes, --calibration self for smaller presets, or a smaller model",
+        )
+    return fitting
 
 
 def context_for(geometry: Geometry, target: Target, asked: int | None) -> int:
