@@ -21,7 +21,11 @@ from edgekit.units import Progress, show_bytes, silent
 
 MANIFEST = "edgekit.json"
 SCHEMA = 1
+BENCH, EVALUATION = "bench.json", "evaluation.json"
+"""Results that are kept beside what was sealed: not part of the model, and not hashed."""
+
 _STAGE = ".edgekit-partial-"
+_LARGEST_KEPT = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,34 @@ def model_file(ref: str | Path) -> Path:
     if not path.is_file():
         raise EdgekitError(f"there is no {path}", "edgekit convert MODEL --target TARGET makes one")
     return path
+
+
+def keep(ref: str | Path, name: str, value: Any) -> Path:
+    """Write `value` as JSON `name` into an artefact folder, beside what was sealed. Raises EdgekitError elsewhere."""
+    folder = Path(ref)
+    if not (folder / MANIFEST).is_file():
+        raise EdgekitError(f"{folder} is no artefact folder to keep {name} in", "edgekit convert MODEL makes one")
+    beside = folder / f".{name}.{os.getpid()}.part"
+    try:
+        with readable_os_errors(folder):
+            beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            beside.replace(folder / name)
+    finally:
+        beside.unlink(missing_ok=True)
+    return folder / name
+
+
+def kept(folder: Path, name: str) -> Any:
+    """What `keep` wrote, or None where there is nothing of that name. Raises CorruptCheckpoint."""
+    path = folder / name
+    try:
+        if path.stat().st_size > _LARGEST_KEPT:
+            raise CorruptCheckpoint(f"{path} is larger than {show_bytes(_LARGEST_KEPT)}", "remove it")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        raise CorruptCheckpoint(f"{path}: {e}", "remove it, and measure again") from None
 
 
 @contextmanager

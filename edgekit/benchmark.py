@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 import edgekit.errors
+from edgekit import artifact
 from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.gguf_file import GgufFile, open_gguf
 from edgekit.health import Health, examine
@@ -172,6 +173,12 @@ def bench(
 def as_json(result: BenchResult) -> list[dict[str, Any]]:
     """One row a test: llama-bench's keys in its order and types, then ours."""
     return [_row(result, test) for test in result.tests]
+
+
+def keep(result: BenchResult, ref: str | Path) -> Path:
+    """Leave `result` as `bench.json` in the artefact folder, where the report looks for it."""
+    rows = [row | {"model_filename": Path(row["model_filename"]).name} for row in as_json(result)]
+    return artifact.keep(ref, artifact.BENCH, rows)
 
 
 def as_csv(result: BenchResult) -> str:

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
     from edgekit.benchmark import BenchResult
     from edgekit.diagnosis import Finding
+    from edgekit.evaluation import Evaluation
+    from edgekit.flips import Answer, Flips
     from edgekit.host import Bandwidth, Host
     from edgekit.inspection import Inspection
     from edgekit.pipeline import Conversion
     from edgekit.planning import Memory, Plan
     from edgekit.recipe import Recipe
     from edgekit.target import Target
+    from edgekit.tasks import Score
 
 BYTES = ("download", "hash")
 """Tasks whose totals are bytes; `quantize` counts weights, the others count steps."""
@@ -366,6 +369,73 @@ def bench_screen(result: BenchResult) -> RenderableType:
     rows.append(("build", f"{_plain(str(build['runtime']))} [dim]({build['build_commit']})"))
     rows += [("note", f"[yellow]{_plain(note)}") for note in result.notes]
     return _panel(rows, "bench")
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+SHOWN = 6
+"""Changed answers that a screen shows; --json has all of them."""
+
+
+def evaluation_screen(found: Evaluation) -> RenderableType:
+    """Perplexities, divergence with its floor, changed answers and task scores, every figure with its error."""
+    c = found.comparison
+    size = f" [dim]({show_bytes(found.nbytes)})"
+    rows = [("model", f"[bold]{_plain(found.artifact)}[/]{size}")]
+    rows.append(("against", f"{_plain(found.reference)}{' [dim](stored)' if found.kind == 'stored' else ''}"))
+    rows.append(("text", f"{_plain(found.text)}: {c.tokens:,} tokens scored in {c.chunks} chunks of {c.n_ctx}"))
+    rows.append(("perplexity", f"{c.ppl_candidate:.4f} ± {c.ppl_candidate_stderr:.4f}"))
+    rows.append(("", f"[dim]{c.ppl_reference:.4f} ± {c.ppl_reference_stderr:.4f} the reference's[/]"))
+    rows.append(("", f"ln ratio {c.ln_ratio:+.5f} ± {c.ln_ratio_stderr:.5f}"))
+    rows.append(("KL", f"[bold]{c.kl_mean:.6f}[/] ± {c.kl_stderr:.6f} mean, in nats per token"))
+    rows.append(("", f"median {c.kl_median:.6f}, 99 % {c.kl_p99:.6f}, max {c.kl_max:.6f}"))
+    if found.floor:
+        f = found.floor
+        rows.append(("noise floor", f"{f.kl_mean:.6f} ± {f.kl_stderr:.6f}, top-1 {f.top1:.2%} [dim]({f.method})"))
+    rows.append(("top-1", f"[bold]{c.top1:.2%}[/] ± {c.top1_stderr:.2%} of tokens are the reference's choice"))
+    rows.append(("Δp", f"mean {c.delta_p_mean:+.3%} ± {c.delta_p_mean_stderr:.3%}, RMS {c.delta_p_rms:.3%}"))
+    if found.flips:
+        rows += _flip_rows(found.flips)
+    rows += _task_rows(found.tasks, found.reference_tasks)
+    return _panel(rows, "eval")
+
+
+def _flip_rows(found: Flips) -> list[tuple[str, str]]:
+    changed = found.changed
+    head = f"[bold]{len(changed)} of {len(found.answers)}[/] greedy answers changed in {found.max_tokens} tokens"
+    rows = [("answers", head)]
+    for answer in changed[:SHOWN]:
+        rows.append(("", f"[bold]{_plain(_one_line(answer.prompt, 70))}[/] [dim]from token {answer.at}"))
+        rows += [("", f"[dim]{who}[/] {_plain(text)}") for who, text in _sides(answer)]
+    if len(changed) > SHOWN:
+        rows.append(("", f"[dim]and {len(changed) - SHOWN} more: --json, or --keep and edgekit report"))
+    return rows
+
+
+def _sides(answer: Answer) -> tuple[tuple[str, str], tuple[str, str]]:
+    return ("was", _one_line(answer.reference, 90)), ("now", _one_line(answer.candidate, 90))
+
+
+def _one_line(text: str, longest: int) -> str:
+    """One line of printable characters: an answer may hold anything, escape sequences too."""
+    flat = "".join(c if c.isprintable() else " " for c in text)
+    flat = " ".join(flat.split())
+    return flat if len(flat) <= longest else flat[:longest] + "…"
+
+
+def _task_rows(scores: Sequence[Score], reference: Sequence[Score]) -> list[tuple[str, str]]:
+    other = {(s.task, s.metric): s for s in reference}
+    rows = []
+    for score in scores:
+        text = f"{_plain(score.task)} {_plain(score.metric)} [bold]{_score(score)}[/]"
+        if (score.task, score.metric) in other:
+            text += f", the reference {_score(other[score.task, score.metric])}"
+        rows.append(("" if rows else "tasks", f"{text} [dim]({score.samples} questions)"))
+    return rows
+
+
+def _score(score: Score) -> str:
+    return f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
 
 
 # --- files, machines, targets ----------------------------------------------------------------------------------------
