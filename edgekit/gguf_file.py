@@ -84,6 +84,7 @@ TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }
 """ggml_type -> (name, weights per block, bytes per block): ggml.h `enum ggml_type`, ggml.c `type_traits`."""
 
