@@ -111,11 +111,11 @@ def perplexity(
     losses = []
     for i, chunk in enumerate(work.chunks):
         for rows, answers in _scored(session, chunk, work.first, i):
-            losses.append(_log_sum(rows) - _picked(rows, answers))
+            losses.append(log_sum(rows) - _picked(rows, answers))
         progress("perplexity", i + 1, len(work.chunks))
     nll = np.concatenate(losses)
     value = math.exp(min(nll.mean(), 700.0))  # beyond that a float64 has no exponential
-    return Perplexity(value, value * _stderr(nll), len(nll), len(work.chunks), work.n_ctx)
+    return Perplexity(value, value * stderr_of_mean(nll), len(nll), len(work.chunks), work.n_ctx)
 
 
 def compare(
@@ -138,7 +138,7 @@ def compare(
     for model in (reference, candidate):
         _must_have_room(model, work.n_ctx)
     floor = _STORED_FLOOR if isinstance(reference, Stored) else -math.inf
-    columns: list[_Columns] = []
+    columns: list[Columns] = []
     for i, chunk in enumerate(work.chunks):
         answers, at = chunk[work.first + 1 :], 0
         left = _log_probabilities(reference, chunk, work.first, i)
@@ -147,10 +147,10 @@ def compare(
             columns.append(_measure(ours, theirs, answers[at : at + len(ours)], floor))
             at += len(ours)
         progress("comparison", i + 1, len(work.chunks))
-    seen = _Columns.joined(columns)
+    seen = Columns.joined(columns)
     if isinstance(reference, Stored) and reference.nll is not None:
         seen = replace(seen, nll_reference=reference.nll[: len(seen.kl)])
-    return _summary(seen, len(work.chunks), work.n_ctx)
+    return summary(seen, len(work.chunks), work.n_ctx)
 
 
 def record(
@@ -269,12 +269,12 @@ def _must_have_room(model: Session | Stored, n_ctx: int) -> None:
 def _scored(session: Session, chunk: Ids, first: int, index: int) -> Iterator[tuple[Logits, Ids]]:
     """Blocks of logits with the tokens that really came next."""
     at = first + 1
-    for rows in _finite(session, chunk, first, index):
+    for rows in finite_logits(session, chunk, first, index):
         yield rows, chunk[at : at + len(rows)]
         at += len(rows)
 
 
-def _finite(session: Session, chunk: Ids, first: int, index: int) -> Iterator[Logits]:
+def finite_logits(session: Session, chunk: Ids, first: int, index: int) -> Iterator[Logits]:
     """Logits of the scored positions of one chunk, in blocks of rows. Raises VerificationFailed."""
     ids = chunk.tolist()
     if session.add_bos and session.bos is not None:
@@ -298,8 +298,8 @@ def _log_probabilities(model: Session | Stored, chunk: Ids, first: int, index: i
     if isinstance(model, Stored):
         yield from _stored_rows(model, index)
         return
-    for rows in _finite(model, chunk, first, index):
-        yield rows - _log_sum(rows)[:, None].astype(np.float32)
+    for rows in finite_logits(model, chunk, first, index):
+        yield rows - log_sum(rows)[:, None].astype(np.float32)
 
 
 def _paired(left: Iterator[Logits], right: Iterator[Logits]) -> Iterator[tuple[Logits, Logits]]:
@@ -315,7 +315,7 @@ def _paired(left: Iterator[Logits], right: Iterator[Logits]) -> Iterator[tuple[L
         a, b = a[n:], b[n:]
 
 
-def _log_sum(rows: Logits) -> Column:
+def log_sum(rows: Logits) -> Column:
     """log(sum(exp(row))) -> float64 (rows,): exponentials in float32, their sum in float64."""
     top = rows.max(axis=1)
     total = np.exp(rows - top[:, None]).sum(axis=1, dtype=np.float64)
@@ -341,7 +341,7 @@ def _write(file: BinaryIO, session: Session, work: _Work, progress: Progress) ->
     losses = []
     for i, chunk in enumerate(work.chunks):
         for rows, answers in _scored(session, chunk, work.first, i):
-            losses.append(_log_sum(rows) - _picked(rows, answers))
+            losses.append(log_sum(rows) - _picked(rows, answers))
             file.write(_packed(rows).tobytes())
         progress("record", i + 1, len(work.chunks))
     file.write(_TRAILER + np.concatenate(losses).astype("<f8").tobytes())
@@ -353,7 +353,7 @@ def _packed(rows: Logits) -> npt.NDArray[np.void]:
     scale = (top - low) / np.float32(65535)
     out = np.zeros(len(rows), _stored_row(rows.shape[1]))
     out["scale"] = scale[:, 0]
-    out["low"] = low[:, 0] - _log_sum(rows)
+    out["low"] = low[:, 0] - log_sum(rows)
     steps = np.divide(rows - low, scale, out=np.zeros_like(rows), where=scale > 0)
     out["steps"][:, : rows.shape[1]] = np.rint(np.clip(steps, 0, 65535))
     return out
@@ -387,7 +387,7 @@ def _unpacked(packed: npt.NDArray[np.void], n_vocab: int) -> Logits:
 
 
 @dataclass(frozen=True, slots=True)
-class _Columns:
+class Columns:
     """One value a scored token."""
 
     nll_reference: Column
@@ -396,8 +396,8 @@ class _Columns:
     same: npt.NDArray[np.bool_]
 
     @staticmethod
-    def joined(parts: Sequence[_Columns]) -> _Columns:
-        return _Columns(
+    def joined(parts: Sequence[Columns]) -> Columns:
+        return Columns(
             np.concatenate([p.nll_reference for p in parts]),
             np.concatenate([p.nll_candidate for p in parts]),
             np.concatenate([p.kl for p in parts]),
@@ -405,12 +405,12 @@ class _Columns:
         )
 
 
-def _measure(reference: Logits, candidate: Logits, answers: Ids, floor: float) -> _Columns:
+def _measure(reference: Logits, candidate: Logits, answers: Ids, floor: float) -> Columns:
     """Both are log-probabilities (rows, n_vocab); tokens at `floor` or below in the reference weigh nothing."""
     difference = reference - candidate
     difference *= np.exp(reference)
     difference[reference <= floor] = 0
-    return _Columns(
+    return Columns(
         -_picked(reference, answers),
         -_picked(candidate, answers),
         difference.sum(axis=1, dtype=np.float64),
@@ -418,7 +418,7 @@ def _measure(reference: Logits, candidate: Logits, answers: Ids, floor: float) -
     )
 
 
-def _summary(seen: _Columns, chunks: int, n_ctx: int) -> Comparison:
+def summary(seen: Columns, chunks: int, n_ctx: int) -> Comparison:
     n = len(seen.kl)
     ln_reference, ln_candidate = float(seen.nll_reference.mean()), float(seen.nll_candidate.mean())
     ppl_reference, ppl_candidate = math.exp(min(ln_reference, 700.0)), math.exp(min(ln_candidate, 700.0))
@@ -431,27 +431,27 @@ def _summary(seen: _Columns, chunks: int, n_ctx: int) -> Comparison:
         chunks=chunks,
         n_ctx=n_ctx,
         ppl_reference=ppl_reference,
-        ppl_reference_stderr=ppl_reference * _stderr(seen.nll_reference),
+        ppl_reference_stderr=ppl_reference * stderr_of_mean(seen.nll_reference),
         ppl_candidate=ppl_candidate,
-        ppl_candidate_stderr=ppl_candidate * _stderr(seen.nll_candidate),
+        ppl_candidate_stderr=ppl_candidate * stderr_of_mean(seen.nll_candidate),
         ln_ratio=ln_candidate - ln_reference,
-        ln_ratio_stderr=_stderr(seen.nll_candidate - seen.nll_reference),
+        ln_ratio_stderr=stderr_of_mean(seen.nll_candidate - seen.nll_reference),
         kl_mean=float(seen.kl.mean()),
-        kl_stderr=_stderr(seen.kl),
+        kl_stderr=stderr_of_mean(seen.kl),
         kl_median=median,
         kl_p90=p90,
         kl_p99=p99,
         kl_p999=p999,
         kl_max=float(seen.kl.max()),
         delta_p_mean=float(delta.mean()),
-        delta_p_mean_stderr=_stderr(delta),
+        delta_p_mean_stderr=stderr_of_mean(delta),
         delta_p_rms=rms,
-        delta_p_rms_stderr=_stderr(delta**2) / (2 * rms) if rms else 0.0,
+        delta_p_rms_stderr=stderr_of_mean(delta**2) / (2 * rms) if rms else 0.0,
         top1=top1,
         top1_stderr=math.sqrt(top1 * (1 - top1) / max(n - 1, 1)),
     )
 
 
-def _stderr(values: Column) -> float:
+def stderr_of_mean(values: Column) -> float:
     """Standard error of the mean."""
     return math.sqrt(float(values.var()) / (len(values) - 1)) if len(values) > 1 else 0.0
