@@ -37,12 +37,13 @@ class Curvature:
     """A second moment made ready, to be used by every matrix that reads the same input.
 
     `hessian` (cols, cols): XᵀX damped, its mean diagonal scaled to about 1; `unit`: strictly upper part of U and
-    `pivots`: D of hessian = U·D·Uᵀ; `unscale` gives costs in the units of XᵀX back.
+    `pivots`: D of hessian = U·D·Uᵀ; `diagonal`: that of XᵀX as it came; `unscale` gives costs in its units back.
     """
 
     hessian: Floats
     unit: Floats
     pivots: Floats
+    diagonal: Floats
     unscale: float
 
 
@@ -62,18 +63,19 @@ def prepare(moment: npt.NDArray[np.floating], damp: float = 0.02) -> Curvature:
     Columns that saw nothing are left to the damping: nothing is pushed into or out of them. More damping is added if
     rounding made the moment indefinite. Raises EdgekitError when it is no second moment at all.
     """
-    diagonal = np.diag(moment)
-    if moment.ndim != 2 or moment.shape[0] != moment.shape[1] or not np.isfinite(moment).all() or diagonal.min() < 0:
+    hessian = np.array(moment, np.float32)
+    square = hessian.ndim == 2 and hessian.shape[0] == hessian.shape[1] > 0
+    if not square or not np.isfinite(hessian).all() or np.diag(hessian).min() < 0:
         raise EdgekitError(
             f"an array of shape {moment.shape} is no second moment: square, finite, no negative diagonal",
             "calibrate again",
         )
+    diagonal = np.diag(hessian).copy()
     mean = float(diagonal.mean(dtype=np.float64))
-    hessian = np.array(moment, np.float32)
-    if mean > 0:
-        hessian /= np.float32(mean)
+    hessian /= np.float32(mean or 1)
+    scaled = np.diag(hessian).copy()
     for more in (1, 10, 100, 1000):
-        hessian[np.diag_indices_from(hessian)] = diagonal / (mean or 1.0) + (more * damp if mean > 0 else 1.0)
+        hessian[np.diag_indices_from(hessian)] = scaled + np.float32(more * damp if mean > 0 else 1)
         try:
             # H = J·L·Lᵀ·J for the factor L of H reversed by J: J·L·J is upper triangular
             upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
@@ -82,7 +84,7 @@ def prepare(moment: npt.NDArray[np.floating], damp: float = 0.02) -> Curvature:
         root = np.diag(upper).astype(np.float32)
         unit = np.ascontiguousarray(upper / root, np.float32)
         unit[np.diag_indices_from(unit)] = 0
-        return Curvature(hessian, unit, root * root, mean or 1.0)
+        return Curvature(hessian, unit, root * root, diagonal, mean or 1.0)
     raise EdgekitError("the second moment is not positive definite", "calibrate again, with more text")
 
 
@@ -107,7 +109,7 @@ def encode(
     if w.ndim != 2 or w.shape[1] != cols:
         raise EdgekitError(f"weights of shape {w.shape} for a second moment of {cols} columns", "calibrate this model")
     if importance is None:
-        importance = np.ascontiguousarray(np.diag(curvature.hessian))
+        importance = curvature.diagonal
     data = ggml.encode(w, fmt, importance, threads)
     error, plain = np.zeros(len(w)), np.zeros(len(w))
 
@@ -130,8 +132,7 @@ def _best_rows(w: Floats, fmt: Format, curvature: Curvature, plain: Bytes) -> tu
     if layout is None:
         return plain, plain_error, plain_error
     columns = _sweep(weights, layout, curvature)
-    for _ in range(_PASSES):
-        _descend(columns, weights, curvature)
+    _descend(columns, weights, curvature)
     data = layout.pack(columns.blocks())
     # from the bytes, not from the running sums: what is promised is what a reader sees
     error = _cost(weights - ggml.decode(data, fmt, w.shape[1]).T, curvature)
@@ -239,19 +240,21 @@ def _sweep(weights: Floats, layout: Layout, curvature: Curvature) -> _Columns:
 
 
 def _descend(columns: _Columns, weights: Floats, curvature: Curvature) -> None:
-    """One pass over all columns: each integer, then each scale and minimum, takes the best value given all others."""
+    """Passes over all columns: each integer, then each scale and minimum, takes the best value given all others."""
     hessian, size = curvature.hessian, columns.layout.group
-    slope = hessian @ columns.error  # half the derivative of the cost by the error
-    for low, high in _panels(len(weights)):
-        moved = np.zeros((high - low, weights.shape[1]), np.float32)
-        for a in range(low, high, size):
-            here = slice(a, a + size)
-            local = slope[here] + hessian[low:a, here].T @ moved[: a - low]
-            before = columns.error[here].copy()
-            _descend_group(columns, a // size, weights[here], local, hessian[here, here])
-            moved[a - low : a - low + size] = columns.error[here] - before
-        if high < len(weights):
-            slope[high:] += hessian[low:high, high:].T @ moved  # earlier columns are met again in the next pass
+    if _PASSES:
+        slope = hessian @ columns.error  # half the derivative of the cost by the error
+    for left in range(_PASSES, 0, -1):
+        for low, high in _panels(len(weights)):
+            moved = np.zeros((high - low, weights.shape[1]), np.float32)
+            for a in range(low, high, size):
+                here = slice(a, a + size)
+                local = slope[here] + hessian[low:a, here].T @ moved[: a - low]
+                before = columns.error[here].copy()
+                _descend_group(columns, a // size, weights[here], local, hessian[here, here])
+                moved[a - low : a - low + size] = columns.error[here] - before
+            stale = 0 if left > 1 else high  # in the last pass nobody asks for earlier columns again
+            slope[stale:] += hessian[low:high, stale:].T @ moved
 
 
 def _descend_group(columns: _Columns, group: int, target: Floats, slope: Floats, hessian: Floats) -> None:
