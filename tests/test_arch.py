@@ -512,6 +512,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     ("gpt2", {"activation_function": "quick_gelu"}, "activation_function is 'quick_gelu'"),
     ("phi3", {"rope_parameters": pico.LONGROPE | {"long_factor": [1.0]}}, "long_factor needs 12 numbers, has 1"),
+    ("phi3", {"rope_parameters": pico.LONGROPE | {"short_factor": [0.0] * 12}}, "short_factor holds 0.0"),
+    ("llama", {"rope_scaling": pico.LLAMA3 | {"factor": 1e-45, "low_freq_factor": 1e-44}}, "above zero"),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 1]}, "no_rope_layers"),
     ("starcoder2", {"use_bias": False}, "use_bias is False"),
     ("granite", {"attention_multiplier": 0}, "attention_multiplier is 0"),

@@ -79,7 +79,10 @@ class _Parameters:
         if not isinstance(value, list) or len(value) != self.width // 2:
             got = len(value) if isinstance(value, list) else value
             raise CorruptCheckpoint(f"config.json: rope {key} needs {self.width // 2} numbers, has {got!r}")
-        return [checked_number(f"config.json: rope {key}", v) for v in value]
+        numbers = [checked_number(f"config.json: rope {key}", v) for v in value]
+        if min(numbers) <= 0:
+            raise CorruptCheckpoint(f"config.json: rope {key} holds {min(numbers)!r}, expected numbers above zero")
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,10 @@ def _yarn_attention(p: _Parameters, factor: float) -> float:
 
 
 def _llama3(p: _Parameters) -> _Scaling:
-    return {}, (_constant("rope_freqs.weight", llama3_factors(p.theta, p.width, _llama3_bands(p))),), ()
+    factors = llama3_factors(p.theta, p.width, _llama3_bands(p))
+    if not (np.isfinite(factors).all() and factors.min() > 0):
+        raise CorruptCheckpoint("config.json: rope parameters give frequencies that are no numbers above zero")
+    return {}, (_constant("rope_freqs.weight", factors),), ()
 
 
 def _llama3_bands(p: _Parameters) -> Bands:
@@ -218,15 +224,16 @@ def llama3_factors(theta: float, width: int, bands: Bands) -> Array:
     `_compute_llama3_parameters`). Published files hold what PyTorch computes in float32, where a number over a tensor
     is its reciprocal times the number: the same steps here give the same bits.
     """
-    one, low, high = np.float32(1), np.float32(bands.low), np.float32(bands.high)
-    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    frequency = one / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
-    wave = (one / frequency) * np.float32(2 * math.pi)
-    smooth = ((one / wave) * np.float32(bands.original) - low) / (high - low)
-    with np.errstate(divide="ignore"):
+    one = np.float32(1)
+    with np.errstate(all="ignore"):
+        low, high = np.float32(bands.low), np.float32(bands.high)
+        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        frequency = one / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+        wave = (one / frequency) * np.float32(2 * math.pi)
+        smooth = ((one / wave) * np.float32(bands.original) - low) / (high - low)
         between = one / ((one - smooth) / np.float32(bands.factor) + smooth)
-    longer = np.where(wave > np.float32(bands.original / bands.low), np.float32(bands.factor), between)
-    return np.where(wave < np.float32(bands.original / bands.high), one, longer).astype(np.float32)
+        longer = np.where(wave > np.float32(bands.original / bands.low), np.float32(bands.factor), between)
+        return np.where(wave < np.float32(bands.original / bands.high), one, longer).astype(np.float32)
 
 
 def _longrope(p: _Parameters) -> _Scaling:
