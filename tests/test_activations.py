@@ -19,7 +19,7 @@ from edgekit.runtime.activations import collect
 from edgekit.runtime.llama_cpp import open_model, open_session
 from tests.gguf_models import llama_gguf, noise_gguf
 
-EXPERTS, USED = 4, 2
+EXPERTS, USED, IDLE = 4, 2, 1
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_moments_can_lie_in_files(noise: Path, tmp_path: Path) -> None:
 
 
 def expert_gguf(path: Path) -> Path:
-    """A Llama with experts (Mixtral's tensors) of noise, one layer."""
+    """A Llama with experts (Mixtral's tensors) of noise, one layer; one expert hands on zeros."""
     rng, dim, ffn, vocab = np.random.default_rng(3), 64, 96, 259
     w = gguf.GGUFWriter(path, "llama")
     for add, value in (
@@ -132,6 +132,8 @@ def expert_gguf(path: Path) -> Path:
     }  # fmt: skip
     for name, shape in shapes.items():
         values = rng.standard_normal(shape, np.float32) * np.float32(0.2)
+        if "up_exps" in name:
+            values[IDLE] = 0
         w.add_tensor(f"{name}.weight", np.abs(values) + 1 if len(shape) == 1 else values)
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -149,6 +151,8 @@ def test_experts_get_sums_of_their_own(tmp_path: Path) -> None:
     assert found.counts[up].sum() == found.counts[down].sum() == 100 * USED
     # each token's input enters `USED` experts
     np.testing.assert_allclose(found.sums[up].sum(axis=0), USED * found.sums[router], rtol=1e-5)
+    assert found.counts[down][IDLE] > 0
+    assert [bool(sums.any()) for sums in found.sums[down]] == [expert != IDLE for expert in range(EXPERTS)]
     for name in (up, down):
         diagonals = np.diagonal(found.second_moment[name], axis1=1, axis2=2)
         np.testing.assert_allclose(diagonals, found.sums[name], rtol=1e-4)

@@ -98,6 +98,40 @@ def test_descent_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
         assert gptq.encode(w, name, moment).error.sum() < 0.97 * before, name
 
 
+def test_hardly_any_weight_is_better_on_a_neighbouring_level() -> None:
+    w, moment = problem()
+    data = gptq.encode(w, "Q4_0", moment).data
+    blocks = LAYOUTS["Q4_0"].unpack(data)
+    step = np.repeat(blocks.d.astype(np.float64), 32, axis=1)
+    h = moment / np.diag(moment).mean() + 0.02 * np.eye(512)
+    error = w - ggml.decode(data, "Q4_0", 512)
+    levels = blocks.q.reshape(w.shape).astype(int)
+    better = np.zeros(w.shape, bool)
+    for move in (-1, 1):
+        change = -move * step
+        gains = 2 * change * (error @ h) + change**2 * np.diag(h) < 0
+        better |= gains & (levels + move >= 0) & (levels + move <= 15)
+    assert better.mean() < 0.05  # 0.19 without descent
+
+
+def test_a_search_that_loses_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, moment = problem(rows=8)
+    good = gptq._sweep
+
+    def spoil(weights: np.ndarray, *rest: object) -> object:
+        columns = good(weights, *rest)  # type: ignore[arg-type]
+        columns.q[:, :4] = 0
+        return columns
+
+    monkeypatch.setattr(gptq, "_PASSES", 0)
+    monkeypatch.setattr(gptq, "_sweep", spoil)
+    found = gptq.encode(w, "Q4_0", moment)
+    plain = ggml.encode(w, "Q4_0", np.diag(moment).astype(np.float32))
+    np.testing.assert_array_equal(found.data[:4], plain[:4])
+    np.testing.assert_array_equal(found.error[:4], found.plain_error[:4])
+    assert (found.error[4:] < found.plain_error[4:]).all()
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q3_K"])
 def test_bytes_depend_on_nothing_but_the_input(name: str) -> None:
     w, moment = problem(rows=1100, cols=256)
