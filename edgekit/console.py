@@ -214,6 +214,9 @@ def _headroom(memory: Memory, target: Target) -> str:
 def speed_line(plan: Plan) -> str:
     """Forecast decode and prefill with their bands, called a forecast."""
     f = plan.forecast
+    if not plan.geometry.causal:
+        known = f.prefill_tok_s
+        return f"forecast [bold]{rate(known)} tok/s[/] read" if known else f"[dim]no forecast: {f.basis}"
     if f.decode_tok_s is None:
         return f"[dim]no forecast: {f.basis}"
     low, high = f.decode_range or (0.0, 0.0)
@@ -307,8 +310,9 @@ def _next_rows(done: Conversion) -> list[tuple[str, str]]:
     if not done.artifact:
         return [("next", "[bold cyan]the same without --dry-run makes it")]
     name, place = done.source.checkpoint.name.lower(), _plain(str(done.out))
-    rows = [("next", f'[bold cyan]edgekit run {place} "Hello"')]
-    rows.append(("", f"[cyan]edgekit bench {place}"))
+    rows = [("next", f"[bold cyan]edgekit bench {place}")]
+    if done.plan.geometry.causal:
+        rows = [("next", f'[bold cyan]edgekit run {place} "Hello"'), ("", f"[cyan]edgekit bench {place}")]
     if (done.out / "Modelfile").is_file():
         rows.append(("", f"[cyan]cd {place} && ollama create {name} -f Modelfile"))
     return rows

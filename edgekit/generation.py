@@ -60,6 +60,11 @@ def answer(
     if not prompt.strip():
         raise EdgekitError("the prompt is empty", 'edgekit run ARTIFACT "What is a byte?"')
     file = open_gguf(path)
+    if file.get(f"{file.get('general.architecture')}.attention.causal") is False:
+        raise EdgekitError(
+            f"{path.name} is an encoder: it turns text into vectors and does not write any",
+            f"from Python: edgekit.load({path.name!r}, n_ctx=512, embeddings=True).embed([...])",
+        )
     trained = file.get(f"{file.get('general.architecture')}.context_length")
     size = context or min(DEFAULT_CONTEXT, trained if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT)
     started = time.monotonic()

@@ -26,6 +26,7 @@ _SMALL = re.compile(
     r"(?:config|generation_config|adapter_config|hf_quant_config|special_tokens_map|added_tokens)\.json"
     r"|(?:tokenizer|chat_template|vocab).*\.(?:json|jinja|txt|model)|additional_chat_templates/[\w.-]+\.jinja"
     r"|[\w.-]+\.model|merges\.txt|README\.md"
+    r"|modules\.json|(?:sentence_bert_config|config_sentence_transformers)\.json|[\w.-]+_Pooling/config\.json"
 )
 _SHARD = re.compile(r"[\w.-]+-\d{5}-of-\d{5}\.safetensors")
 Check = Callable[[Path, set[str]], None]

@@ -77,9 +77,13 @@ class Conversion:
     outcome: Outcome | None = None
 
 
-def open_source(model: str | Path, *, progress: Progress = silent) -> Source:
-    """Open what the user named. Raises CorruptCheckpoint, UnsupportedModel, UnsupportedVocabulary, DownloadFailed."""
+def open_source(model: str | Path, *, name: str | None = None, progress: Progress = silent) -> Source:
+    """Open what the user named, under another `name` if one is given.
+
+    Raises CorruptCheckpoint, UnsupportedModel, UnsupportedVocabulary, DownloadFailed.
+    """
     checkpoint = open_checkpoint(model, progress=progress)
+    checkpoint = replace(checkpoint, name=safe_name(name or checkpoint.name))
     blueprint = arch.blueprint(checkpoint)
     rows = next((t.shape[0] for t in blueprint.tensors if t.role is Role.EMBED), None)
     vocabulary = None
@@ -153,14 +157,14 @@ def convert(
     """
     device = Target.load(target)
     recipe = Recipe.load(options.recipe)
-    source = open_source(model, progress=progress)
+    source = open_source(model, name=options.name, progress=progress)
     wanted = options.calibration or recipe.export.calibration
     brought = _brought(wanted, source)
     names = importance_names(source, wanted, brought)
     decided = plan_source(source, device, options, names)
     require_fit(decided, alternatives(source, device, options))
     refuse_fallbacks(decided, strict=options.strict)
-    name = safe_name(options.name or source.checkpoint.name)
+    name = source.checkpoint.name
     out = options.out or Path(f"{name}-{device.name}")
     artifact.refuse_overwrite(out, force=options.force)
     conversion = Conversion(decided, source, device, out, warnings=_warnings(source, decided))
@@ -218,7 +222,7 @@ def _make(conversion: Conversion, job: _Job, progress: Progress) -> Conversion:
             (stage / path).write_text(text, encoding="utf-8")
         manifest = _manifest(conversion, written, certificate, job.recipe)
         artifact.seal(stage, manifest, {written.path.name: written.sha256})
-    warnings = conversion.warnings + certificate.warnings
+    warnings = tuple(dict.fromkeys(conversion.warnings + certificate.warnings))
     return replace(conversion, artifact=artifact.open_artifact(out), certificate=certificate, warnings=warnings)
 
 
@@ -298,7 +302,7 @@ def safe_name(name: str) -> str:
 
 
 def _warnings(source: Source, decided: Plan) -> tuple[str, ...]:
-    found = list(source.vocabulary.warnings if source.vocabulary else ())
+    found = [*source.blueprint.notes, *(source.vocabulary.warnings if source.vocabulary else ())]
     if decided.fallbacks:
         worst = decided.fallbacks[0]
         found.append(
