@@ -241,7 +241,7 @@ def evaluate(
     prompts: Annotated[
         str, typer.Option("--prompts", metavar="FILE", help="One prompt a line or .jsonl chats; builtin, or none.")
     ] = "builtin",
-    answer_tokens: Annotated[int, typer.Option("--answer-tokens", "-n", min=1, help="Length of compared answers.")] = 48,
+    answer_tokens: Annotated[int, typer.Option("--answer-tokens", "-n", min=1, help="Longest answer compared.")] = 48,
     tasks: Annotated[
         str | None,
         typer.Option("--tasks", metavar="NAMES", help="lm-evaluation-harness tasks or .yaml files, with commas."),

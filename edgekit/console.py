@@ -395,7 +395,7 @@ def evaluation_screen(found: Evaluation) -> RenderableType:
     rows.append(("", f"median {c.kl_median:.6f}, 99 % {c.kl_p99:.6f}, max {c.kl_max:.6f}"))
     if found.floor:
         f = found.floor
-        rows.append(("noise floor", f"{f.kl_mean:.6f} ± {f.kl_stderr:.6f}, top-1 {f.top1:.2%} [dim]({f.method})"))
+        rows.append(("noise floor", f"{f.kl_mean:.1e} ± {f.kl_stderr:.0e}, top-1 {f.top1:.2%} [dim]({f.method})"))
     rows.append(("top-1", f"[bold]{c.top1:.2%}[/] ± {c.top1_stderr:.2%} of tokens are the reference's choice"))
     rows.append(("Δp", f"mean {c.delta_p_mean:+.3%} ± {c.delta_p_mean_stderr:.3%}, RMS {c.delta_p_rms:.3%}"))
     if found.flips:
@@ -429,7 +429,7 @@ def _one_line(text: str, longest: int) -> str:
 
 def _task_rows(scores: Sequence[Score], reference: Sequence[Score]) -> list[tuple[str, str]]:
     other = {(s.task, s.metric): s for s in reference}
-    rows = []
+    rows: list[tuple[str, str]] = []
     for score in scores:
         text = f"{_plain(score.task)} {_plain(score.metric)} [bold]{_score(score)}[/]"
         if (score.task, score.metric) in other:
