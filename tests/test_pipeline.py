@@ -239,6 +239,14 @@ def test_every_family_goes_all_the_way(family: str, tmp_path: Path) -> None:
     assert done.artifact.model.stat().st_size == done.plan.file_bytes
 
 
+@pytest.mark.parametrize("name", ["my-phi-3-tune", "Phi3", "phi_3"])
+def test_a_name_does_not_change_how_a_file_is_read(model: Path, tmp_path: Path, name: str) -> None:
+    """llama.cpp refuses a file called phi-3 whose vocabulary lacks that family's tokens."""
+    done = convert(model, tmp_path / "out", quant="Q8_0", name=name)
+    assert done.artifact is not None
+    assert done.artifact.model.name == f"{name}-Q8_0.gguf"
+
+
 def test_nothing_heavy_is_imported_for_the_whole_job(model: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from edgekit import convert, Options;"

@@ -6,6 +6,7 @@ Knows nothing about which format a tensor should have; the plan says so. Leaves 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def metadata(checkpoint: Checkpoint, blueprint: Blueprint, vocabulary: Vocabular
     general: dict[str, MetaValue] = {
         "general.architecture": blueprint.arch,
         "general.type": "model",
-        "general.name": checkpoint.name.replace("-", " ").replace("_", " "),
+        "general.name": display_name(checkpoint.name, vocabulary.name_hint if vocabulary else ""),
         "general.basename": checkpoint.name,
         "general.size_label": size_label(checkpoint.parameters),
     }
@@ -184,6 +185,16 @@ def metadata(checkpoint: Checkpoint, blueprint: Blueprint, vocabulary: Vocabular
         return {**general, **kept, **blueprint.metadata}
     words = vocabulary.metadata() if vocabulary else {}
     return {**general, **blueprint.metadata, **words}
+
+
+def display_name(name: str, hint: str) -> str:
+    """A name to read, which makes llama.cpp treat spaces after special tokens as this vocabulary does.
+
+    llama.cpp decides that by looking for `phi-3` or `phi3` in the name, and refuses a file that has the word without the
+    tokens (llama-vocab.cpp, "Handle per token attributes"). `hint` is the word that this vocabulary needs, or nothing.
+    """
+    text = re.sub(r"(?i)(phi)(3)", r"\1 \2", name.replace("-", " ").replace("_", " "))
+    return f"{text} ({hint})" if hint else text
 
 
 def size_label(parameters: int) -> str:
