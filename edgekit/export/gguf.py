@@ -190,8 +190,8 @@ def metadata(checkpoint: Checkpoint, blueprint: Blueprint, vocabulary: Vocabular
 def display_name(name: str, hint: str) -> str:
     """A name to read, which makes llama.cpp treat spaces after special tokens as this vocabulary does.
 
-    llama.cpp decides that by looking for `phi-3` or `phi3` in the name, and refuses a file that has the word without the
-    tokens (llama-vocab.cpp, "Handle per token attributes"). `hint` is the word that this vocabulary needs, or nothing.
+    llama.cpp decides that by looking for `phi-3` or `phi3` in the name, and refuses a file that has the word without
+    the tokens (llama-vocab.cpp, "Handle per token attributes"). `hint` is the word that this vocabulary needs.
     """
     text = re.sub(r"(?i)(phi)(3)", r"\1 \2", name.replace("-", " ").replace("_", " "))
     return f"{text} ({hint})" if hint else text
