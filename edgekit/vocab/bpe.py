@@ -57,12 +57,15 @@ def merge_pairs(model: Mapping[str, Any]) -> list[list[str]]:
     merges, vocab = model.get("merges"), model.get("vocab")
     if not isinstance(merges, list) or not isinstance(vocab, dict):
         raise CorruptCheckpoint("tokenizer.json: a BPE model without a list of merges")
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    for number, pair in enumerate(pairs):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise CorruptCheckpoint(f"tokenizer.json: merge {number} is {merges[number]!r}, not two tokens")
+    # whole columns at a time: a vocabulary may have half a million merges, and planning waits for them
+    pairs = merges if set(map(type, merges)) == {list} else [m.split(" ") if type(m) is str else m for m in merges]
+    if set(map(type, pairs)) - {list} or set(map(len, pairs)) - {2}:
+        odd = next(i for i, pair in enumerate(pairs) if type(pair) is not list or len(pair) != 2)
+        raise CorruptCheckpoint(f"tokenizer.json: merge {odd} is {merges[odd]!r}, not two tokens")
     try:
-        whole = all(map(vocab.__contains__, map("".join, pairs))) and set(chain.from_iterable(pairs)) <= vocab.keys()
+        whole = all(map(vocab.__contains__, map("".join, pairs))) and all(
+            map(vocab.__contains__, chain.from_iterable(pairs))
+        )
     except TypeError:
         raise CorruptCheckpoint("tokenizer.json: a merge that is not two strings") from None
     if not whole:
