@@ -396,6 +396,9 @@ def evaluation_screen(found: Evaluation) -> RenderableType:
     if found.floor:
         f = found.floor
         rows.append(("noise floor", f"{f.kl_mean:.1e} ± {f.kl_stderr:.0e}, top-1 {f.top1:.2%} [dim]({f.method})"))
+    if found.jitter:
+        j = found.jitter
+        rows.append(("own noise", f"{j.kl_mean:.1e} ± {j.kl_stderr:.0e}, top-1 {j.top1:.2%} [dim]({j.method})"))
     rows.append(("top-1", f"[bold]{c.top1:.2%}[/] ± {c.top1_stderr:.2%} of tokens are the reference's choice"))
     rows.append(("Δp", f"mean {c.delta_p_mean:+.3%} ± {c.delta_p_mean_stderr:.3%}, RMS {c.delta_p_rms:.3%}"))
     if found.flips:

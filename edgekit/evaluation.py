@@ -36,6 +36,9 @@ LARGEST_TEXT = 256 << 20
 FLOOR_CHUNKS = 8
 """Chunks that the noise floor is measured on: it is the same everywhere, and a second reference is expensive."""
 
+SMALL_BATCH = 32
+"""Tokens a batch for reading a text a second time with other kernels."""
+
 ANSWER_CONTEXT, TASK_CONTEXT = 1024, 4096
 """Context for prompts and for tasks, where the model was trained for as much."""
 
@@ -75,6 +78,7 @@ class Floor:
 class Evaluation:
     """Everything measured. `kind`: the reference is a `model` or was `stored`; sizes are of the files, bytes.
 
+    `jitter` is the floor of the artefact itself: how far it is from itself when the same text is read in small batches.
     `flips`, `floor` and `reference_tasks` are None or empty where they were not wanted or need a model and there is
     none; `notes` say why.
     """
@@ -87,6 +91,7 @@ class Evaluation:
     reference_nbytes: int | None
     comparison: Comparison
     floor: Floor | None = None
+    jitter: Floor | None = None
     flips: Flips | None = None
     tasks: tuple[Score, ...] = ()
     reference_tasks: tuple[Score, ...] = ()
@@ -264,6 +269,7 @@ def _finish(
         reference_nbytes=model.path.stat().st_size,
         comparison=found,
         floor=seen.floor,
+        jitter=_jitter(candidate, session, seen.tokens, seen.n_ctx, options, progress),
         flips=changed,
         tasks=scores,
         reference_tasks=seen.scores,
@@ -361,9 +367,8 @@ def _floor(
 def _twin(model: _Model, options: Options, n_ctx: int, progress: Progress) -> Iterator[tuple[str, LlamaSession, bool]]:
     """(what was done, the session, whether it is the reference of the two): F32 is the more exact one."""
     if model.plan is None:
-        verification.need_memory(2 * model.path.stat().st_size)
-        with open_session(model.path, n_ctx=n_ctx, threads=options.threads, n_batch=32, n_ubatch=32) as session:
-            yield "the reference read in batches of 32 tokens against itself", session, False
+        with _in_small_batches(model.path, n_ctx, options) as session:
+            yield f"the reference read in batches of {SMALL_BATCH} tokens against itself", session, False
         return
     own = verification.source_precision(model.plan)
     other = "BF16" if own == "F32" else "F32"
@@ -376,6 +381,31 @@ def _twin(model: _Model, options: Options, n_ctx: int, progress: Progress) -> It
     ):  # fmt: skip
         exact, rounded = ("F32", own) if other == "F32" else (own, other)
         yield f"{rounded} against {exact}", session, other == "F32"
+
+
+@contextmanager
+def _in_small_batches(path: Path, n_ctx: int, options: Options) -> Iterator[LlamaSession]:
+    """The kernels for a few tokens, which generating uses, round otherwise than those for many."""
+    verification.need_memory(2 * path.stat().st_size)
+    with open_session(path, n_ctx=n_ctx, threads=options.threads, n_batch=SMALL_BATCH, n_ubatch=SMALL_BATCH) as session:
+        yield session
+
+
+def _jitter(
+    path: Path, session: LlamaSession, tokens: Sequence[int], n_ctx: int, options: Options, progress: Progress
+) -> Floor | None:
+    """The candidate against itself. Blocks of weights meet activations rounded to 8 bits, and the smallest difference
+    before that rounding becomes one of its size: no figure of this file on this text is finer."""
+    if not options.floor:
+        return None
+    chunks = min(options.chunks or FLOOR_CHUNKS, FLOOR_CHUNKS)
+    try:
+        with _in_small_batches(path, n_ctx, options) as again:
+            found = quality.compare(session, again, tokens, n_ctx, chunks=chunks, progress=progress)
+    except DoesNotFit:
+        return None
+    method = f"the artefact read in batches of {SMALL_BATCH} tokens against itself"
+    return Floor(method, found.kl_mean, found.kl_stderr, found.top1, found.tokens)
 
 
 # --- against what was stored -----------------------------------------------------------------------------------------

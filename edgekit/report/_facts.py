@@ -110,6 +110,8 @@ class Facts:
     figures_from: str
     floor: Figure | None
     floor_method: str
+    jitter: Figure | None
+    jitter_method: str
     tasks: tuple[tuple[str, str, Figure, Figure | None], ...]
     prompts: int | None
     answers: tuple[Answer, ...]
@@ -171,6 +173,8 @@ def read_facts(folder: Path) -> Facts:
         figures_from=origin,
         floor=_figure(at(evaluation, "floor"), "kl_mean", "kl_stderr"),
         floor_method=text(at(evaluation, "floor", "method")),
+        jitter=_figure(at(evaluation, "jitter"), "kl_mean", "kl_stderr"),
+        jitter_method=text(at(evaluation, "jitter", "method")),
         tasks=tuple(_tasks(evaluation)),
         prompts=_count(at(flips, "prompts")),
         answers=tuple(_answers(at(flips, "answers"))),

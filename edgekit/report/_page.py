@@ -168,8 +168,8 @@ def _quality(f: Facts) -> str:
     rows = [
         (name, _error(f.figures[key], digits, factor)) for key, name, digits, factor in _QUALITY if key in f.figures
     ]
-    if f.floor:
-        rows.insert(min(4, len(rows)), ("noise floor of KL", f"{_error(f.floor, '.6f')}  ({f.floor_method})"))
+    floors = (("noise floor of KL", f.floor, f.floor_method), ("own noise of KL", f.jitter, f.jitter_method))
+    rows += [(name, f"{_error(floor, '.6f')} ({method})") for name, floor, method in floors if floor]
     body = _table(("figure", "value"), rows, numbers=())
     if f.tasks:
         scores = [(task, metric, _error(own, ".4f"), _error(other, ".4f")) for task, metric, own, other in f.tasks]
