@@ -296,7 +296,30 @@ def _plan_one(
     chosen = presets.choose(preset, blueprint, importance=importance)
     tensors = tuple(Planned(c.tensor, ggml.FORMATS[c.format], c.wanted, c.reason) for c in chosen)
     full = {**metadata, "general.quantization_version": 2, "general.file_type": preset.file_type}
-    header = encode_header(full, [(t.name, t.shape, t.format.code, t.nbytes) for t in tensors])
+    return _assembled(blueprint, full, target, preset, tensors, context, kv_type)
+
+
+def with_formats(decided: Plan, formats: Mapping[str, str], target: Target, why: str) -> Plan:
+    """`decided` with other formats for the tensors named, and everything that follows from them reckoned anew."""
+    tensors = tuple(
+        replace(t, format=ggml.FORMATS[formats[t.name]], wanted=formats[t.name], reason=why) if t.name in formats else t
+        for t in decided.tensors
+    )
+    made = _assembled(
+        decided.blueprint, decided.metadata, target, decided.preset, tensors, decided.context, decided.kv_type
+    )
+    return replace(made, why=why)
+
+
+def _assembled(
+    blueprint: Blueprint,
+    metadata: Mapping[str, MetaValue],
+    target: Target,
+    preset: Preset,
+    tensors: tuple[Planned, ...],
+    context: int,
+    kv_type: str,
+) -> Plan:
     kv = {kind: kv_cache_bytes(blueprint.geometry, context, kind) for kind in KV_TYPES}
     memory = Memory(
         weights=sum(t.nbytes for t in tensors),
@@ -311,8 +334,8 @@ def _plan_one(
         preset=preset,
         target=target.name,
         tensors=tensors,
-        metadata=full,
-        header=header,
+        metadata=metadata,
+        header=encode_header(metadata, [(t.name, t.shape, t.format.code, t.nbytes) for t in tensors]),
         context=context,
         kv_type=kv_type,
         memory=memory,
