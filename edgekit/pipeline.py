@@ -97,9 +97,7 @@ def plan(model: str | Path, target: str = "host", options: Options = Options(), 
     return plan_source(open_source(model, progress=progress), Target.load(target), options)
 
 
-def plan_source(
-    source: Source, target: Target, options: Options = Options(), importance: Collection[str] = ()
-) -> Plan:
+def plan_source(source: Source, target: Target, options: Options = Options(), importance: Collection[str] = ()) -> Plan:
     """Plan an opened source for one target. `importance`: tensors that will have an importance vector."""
     export = Recipe.load(options.recipe).export
     budget = size_budget(source, options)
@@ -256,11 +254,16 @@ def _tune(conversion: Conversion, job: _Job, folder: Path, progress: Progress) -
             threads=job.threads,
             progress=progress,
         )
-        return tuning.choose(decided, {}, known, folder, threads=job.threads, progress=progress)
+        prefer = job.options.prefer or job.recipe.export.prefer
+        budget = size_budget(source, job.options) or decided.file_bytes
+        others = tuning.mixes(decided, known, budget, conversion.target, prefer)
+        return tuning.choose(decided, others, known, folder, threads=job.threads, progress=progress)
 
 
 def file_name(name: str, decided: Plan) -> str:
-    """By the GGUF naming convention: model, then the preset."""
+    """By the GGUF naming convention: model, then the preset; of a mix that is no preset, its bits per weight."""
+    if any(t.reason == "measured" for t in decided.tensors):
+        return f"{name}-{decided.bits_per_weight:.2f}bpw.gguf"
     return f"{name}-{decided.preset.name}.gguf"
 
 

@@ -12,16 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit import artifact, calibration, chat, reference
+from edgekit import artifact, calibration, chat, mixing, reference, sensitivity
 from edgekit.arch import Blueprint, Role
 from edgekit.calibration import Text
 from edgekit.errors import EdgekitError
 from edgekit.export import gguf
 from edgekit.imatrix_file import Imatrix, open_imatrix
-from edgekit.planning import Plan
+from edgekit.planning import Plan, with_formats
 from edgekit.quality import Column, Columns
+from edgekit.quant import gptq
 from edgekit.reference import CompactReference
 from edgekit.runtime.llama_cpp import LlamaSession, open_session
+from edgekit.sensitivity import Sensitivity
+from edgekit.target import Target
 from edgekit.units import Progress, silent
 
 EFFORTS: Mapping[str, tuple[int, int]] = {"low": (8_192, 8_192), "normal": (32_768, 16_384), "high": (131_072, 32_768)}
@@ -63,8 +66,9 @@ class Knowledge:
     """What reading the calibration text taught: importance for every matrix, and what the candidates are judged by."""
 
     importance: gguf.Importance
-    feedback: gguf.Feedback | None
+    feedback: gguf.Feedback
     judge: CompactReference
+    sensitivity: Sensitivity
     text: str
     tokens: int
     warnings: tuple[str, ...] = field(default=())
@@ -109,14 +113,51 @@ def learn(
     context = min(calibration.CHUNK, decided.geometry.context or calibration.CHUNK)
     learnable = importance_names(decided.blueprint)
     names = [t.name for t in decided.tensors if t.name in learnable]
-    with open_session(model, n_ctx=context, threads=threads) as session:
+    # probing overwrites weights in memory, so they must not be pages of the file
+    with open_session(model, n_ctx=context, threads=threads, mmap=False) as session:
         text, judged = _texts(session, source, template, tokens, held_out, progress)
         found = calibration.calibrate(session, text, digest=digest, moments=names, spill=spill, progress=progress)
         judge = reference.record(session, judged.chunks, progress=progress)
+        importance = found.imatrix.importance()
+        costs = _probe(session, decided, text, importance, effort, progress)
     moments = {name: found.moments[name] for name in names}
-    return Knowledge(
-        found.imatrix.importance(), gguf.Feedback(moments), judge, text.name, text.tokens, found.warnings
+    return Knowledge(importance, gguf.Feedback(moments), judge, costs, text.name, text.tokens, found.warnings)
+
+
+def _probe(
+    session: LlamaSession,
+    decided: Plan,
+    text: Text,
+    importance: gguf.Importance,
+    effort: str,
+    progress: Progress,
+) -> Sensitivity:
+    """The cost of every group in every format, and of the stock preset as a whole to correct the sum with."""
+    groups = sensitivity.groups_for(sensitivity.parts_of(decided.blueprint), effort=effort)
+    measured = {part.name for group in groups for part in group.parts}
+    stock = {t.name: t.format.name for t in decided.tensors if t.name in measured}
+    return sensitivity.measure(
+        session,
+        groups,
+        sensitivity.PROBES,
+        text.chunks,
+        importance,
+        effort=effort,
+        considered=[f for f in sensitivity.CONSIDERED if f in gptq.FORMATS],
+        combined=[stock],
+        progress=progress,
     )
+
+
+def mixes(decided: Plan, known: Knowledge, budget: int, target: Target, prefer: str) -> dict[str, Plan]:
+    """The measured mix and a random one, of at most `budget` bytes each."""
+    kind = "speed" if prefer == "speed" else "quality"
+    ours = mixing.mix(decided, known.sensitivity, budget, target, prefer=kind)
+    chance = mixing.random_mix(decided, known.sensitivity, budget, target)
+    return {
+        "mix": with_formats(decided, ours, target, "measured"),
+        "random": with_formats(decided, chance, target, "drawn by lot"),
+    }
 
 
 def _texts(
@@ -152,7 +193,7 @@ def _long_enough(text: Text) -> Text:
 
 def choose(
     decided: Plan,
-    mixes: Mapping[str, Plan],
+    others: Mapping[str, Plan],
     known: Knowledge,
     folder: Path,
     *,
@@ -161,11 +202,11 @@ def choose(
 ) -> Outcome:
     """Write every candidate into `folder`, judge them on the held-out text, keep the winner's file only.
 
-    Candidates: the stock preset with importance; the same formats with error feedback; each of `mixes` with it.
+    Candidates: the stock preset with importance; the same formats with error feedback; each of `others` with it.
     The stock preset wins unless another has the lower mean and the paired bootstrap is 95 % sure of it.
     """
     plans = {"preset": (decided, False), "feedback": (decided, True)}
-    plans |= {name: (plan, True) for name, plan in mixes.items()}
+    plans |= {name: (plan, True) for name, plan in others.items()}
     seen: dict[str, tuple[gguf.Written, Column, float]] = {}
     winner = "preset"
     for kind, (plan, feedback) in plans.items():
@@ -203,7 +244,8 @@ def _judged(path: Path, judge: CompactReference, threads: int, progress: Progres
 
 
 def _candidate(decided: Plan, kind: str, written: gguf.Written, kl: Column, top1: float, *, shipped: bool) -> Candidate:
-    name = {"preset": decided.preset.name, "feedback": f"{decided.preset.name} with error feedback"}.get(kind, kind)
+    name = {"preset": decided.preset.name, "feedback": f"{decided.preset.name} with error feedback"}.get(kind)
+    name = name or {"mix": "measured mix", "random": "random mix"}.get(kind, kind)
     stderr = float(kl.std(ddof=1) / np.sqrt(len(kl)))
     return Candidate(name, kind, written.nbytes, float(kl.mean()), stderr, top1, shipped)
 
@@ -241,4 +283,3 @@ def spill_folder(folder: Path, decided: Plan) -> Path:
     path = folder / "moments"
     path.mkdir(exist_ok=True)
     return path
-
