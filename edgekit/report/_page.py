@@ -228,7 +228,7 @@ def _speed(f: Facts) -> str:
             rows.append(Lane(name, band, seen))
     if not rows:
         return _section("Speed", _note("No forecast for this device, and nothing measured: edgekit bench --keep."))
-    legend = _legend([("key band", "forecast"), ("dot ours", "measured")])
+    legend = _legend([("key band", "forecast"), ("dot ours", "measured")][: 2 if f.speeds else 1])
     body = _scroll(lanes(rows)) + legend
     if f.speeds:
         table = [(s.name, f"{rate(s.tok_s)} ± {rate(s.stddev)}", s.machine) for s in f.speeds]
