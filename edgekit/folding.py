@@ -30,7 +30,6 @@ KNOWN = frozenset(
 """Architectures whose graphs (src/models of llama.cpp) were read for this. In another, a tensor of the same name may
 feed something else, or a clamp or a square may stand between."""
 
-_UNGATED = frozenset({"bert", "gpt2", "gptneox", "starcoder2"})  # down(gelu(up)): no scale passes through gelu
 _FUSED_GATE = frozenset({"phi3"})  # rows of ffn_up: the gate's, then those it multiplies
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_qkv")
 _FFN = (
@@ -41,8 +40,9 @@ _OTHERS = (
     *("attn_norm", "attn_q_norm", "attn_k_norm", "attn_output", "attn_output_norm", "layer_output_norm"),
     *("post_attention_norm", "post_ffw_norm", "ffn_norm", "ffn_down", "ffn_down_exps", "ffn_down_shexp"),
 )
-_SAMPLE = 256  # rows of a matrix from which scales are chosen: four times as many change forecasts by less than 1 %
-_SAMPLE_EXPERT = 64  # rows of each expert
+_SAMPLE = 512  # rows of a matrix from which scales are chosen
+_SAMPLE_EXPERT = 64  # rows of each expert, where experts share scales
+_TRIAL = 4  # one row to try scales on for so many to choose them from
 _SLAB = 4 << 20
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)$")
 
@@ -178,7 +178,7 @@ def _up(layer: _Layer, suffix: str) -> Place | str:
         return "there is no such matrix"
     channels, rows = parts[down].shape[-1], parts[up].shape[-2]
     first = rows - channels if arch in _FUSED_GATE else 0
-    if arch in _UNGATED or (first == 0 and f"ffn_gate{suffix}" not in parts):
+    if first == 0 and f"ffn_gate{suffix}" not in parts:
         return "no gate multiplies: scales do not pass through the activation"
     if first not in (0, channels) or rows != first + channels:
         return f"{rows} rows do not match the {channels} columns of {down}"
@@ -352,7 +352,8 @@ class _Chooser:
     def _readers(self, place: Place, names: Sequence[str]) -> list[list[folding.Reader]]:
         """What each set of scales of the place is chosen by: one set, or one an expert."""
         matrices = [n for n in names if len(self.tensors[n].shape) == 2]
-        stacks = [list(self._experts(n)) for n in names if len(self.tensors[n].shape) == 3]
+        count = _SAMPLE if place.experts else _SAMPLE_EXPERT
+        stacks = [list(self._experts(n, count)) for n in names if len(self.tensors[n].shape) == 3]
         if place.experts:
             return [list(readers) for readers in zip(*stacks, strict=True)]
         seen: list[tuple[Array, gptq.Curvature]] = []
@@ -367,23 +368,35 @@ class _Chooser:
             if curvature is None:
                 curvature = gptq.prepare(moment)
                 seen.append((moment, curvature))
-        return folding.Reader(_sampled(self.tensors[name], 1, _SAMPLE)[0], fmt, self.importance[name], curvature)
+        rows, trial = _sampled(self.tensors[name], 1, _SAMPLE)
+        return folding.Reader(rows[0], fmt, self.importance[name], curvature, trial[0])
 
-    def _experts(self, name: str) -> Iterator[folding.Reader]:
-        made, importance = self.tensors[name], self.importance[name]
-        samples = _sampled(made, made.shape[0], _SAMPLE_EXPERT)
-        for rows, squares in zip(samples, np.broadcast_to(importance, (len(samples), made.shape[2])), strict=True):
-            yield folding.Reader(rows, self._format(name), squares)
+    def _experts(self, name: str, count: int) -> Iterator[folding.Reader]:
+        made, fmt = self.tensors[name], self._format(name)
+        squares = np.broadcast_to(self.importance[name], (made.shape[0], made.shape[2]))
+        for rows, trial, importance in zip(*_sampled(made, made.shape[0], count), squares, strict=True):
+            yield folding.Reader(rows, fmt, importance, trial=trial)
 
 
-def _sampled(made: Made, experts: int, count: int) -> Array:
-    """At most `count` rows of each expert, evenly spread, float32 (experts, rows, cols)."""
+def _sampled(made: Made, experts: int, count: int) -> tuple[Array, Array]:
+    """At most `count` rows of each expert, and rows to try scales on, both float32 (experts, rows, cols).
+
+    Evenly spread. The latter are other rows, but where all rows of the matrix are among the former.
+    """
     height = made.shape[-2]
-    chosen = np.linspace(0, height - 1, min(count, height)).astype(np.intp)
-    wanted = (np.arange(experts)[:, None] * height + chosen).reshape(-1)
+    chosen = _spread(np.arange(height), count)
+    trial = _spread(chosen if len(chosen) == height else np.setdiff1d(np.arange(height), chosen), count // _TRIAL)
+    union = np.union1d(chosen, trial)
+    wanted = (np.arange(experts)[:, None] * height + union).reshape(-1)
     kept, at = [], 0
     for slab in made.stream(_SLAB):
         first, last = np.searchsorted(wanted, (at, at + len(slab)))
         kept.append(slab[wanted[first:last] - at])
         at += len(slab)
-    return np.concatenate(kept).reshape(experts, len(chosen), -1)
+    rows = np.concatenate(kept).reshape(experts, len(union), -1)
+    return rows[:, np.searchsorted(union, chosen)], rows[:, np.searchsorted(union, trial)]
+
+
+def _spread(rows: Index, count: int) -> Index:
+    """At most `count` of `rows`, from the first to the last."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.intp)]

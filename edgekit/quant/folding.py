@@ -42,12 +42,16 @@ _WORTH = 0.995  # of the error: less gain than that is chance
 @dataclass(frozen=True, slots=True)
 class Reader:
     """A matrix, or rows taken from it, float32 (rows, cols), and what is known of its input: `importance` float32
-    (cols,), mean squares, and with `curvature` the second moment by which error feedback will encode it."""
+    (cols,), mean squares, and with `curvature` the second moment by which error feedback will encode it.
+
+    `trial`: rows that scales are tried on. Where `rows` are a part of the matrix it should be others: a few hundred
+    rows can be fitted by a few percent more than the matrix that they come from. None: `rows`."""
 
     rows: Floats
     format: Format
     importance: Floats
     curvature: gptq.Curvature | None = None
+    trial: Floats | None = None
 
     @property
     def costs(self) -> Floats:
@@ -58,22 +62,25 @@ class Reader:
         """The same matrix with columns times `scales` (cols,), reading an input divided by them."""
         curvature = None if self.curvature is None else divided(self.curvature, scales)
         importance = (self.importance / np.square(scales)).astype(np.float32)
-        return replace(self, rows=self.rows * scales, importance=importance, curvature=curvature)
+        trial = None if self.trial is None else self.trial * scales
+        return Reader(self.rows * scales, self.format, importance, curvature, trial)
 
     def error(self) -> float:
-        """What encoding the rows adds to the squares of their outputs, in units of the importance or the moment."""
+        """What encoding the trial rows adds to the squares of their outputs, in units of importance or moment."""
+        rows = self.rows if self.trial is None else self.trial
         if self.curvature is not None:
-            found = gptq.encode(self.rows, self.format, self.curvature, importance=self.importance)
+            found = gptq.encode(rows, self.format, self.curvature, importance=self.importance)
             return float(found.error.sum())
-        data = ggml.encode(self.rows, self.format, self.importance)
-        difference = self.rows - ggml.decode(data, self.format, self.rows.shape[1])
+        data = ggml.encode(rows, self.format, self.importance)
+        difference = rows - ggml.decode(data, self.format, rows.shape[1])
         return float((np.square(difference).sum(axis=0, dtype=np.float64) * self.importance).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """Scales float32 (channels,), and the error with them as a share of the error without: `forecast` by the ranges
-    of groups, `measured` with the encoder; both are means over readers. All scales are 1 where nothing was gained."""
+    of groups, `measured` with the encoder, on trial rows; both are means over readers. All scales are 1 where nothing
+    was gained."""
 
     scales: Floats
     forecast: float
