@@ -42,7 +42,7 @@ _OTHERS = (
 )
 _SAMPLE = 512  # rows of a matrix from which scales are chosen
 _SAMPLE_EXPERT = 64  # rows of each expert, where experts share scales
-_TRIAL = 4  # one row to try scales on for so many to choose them from
+_TRIAL = 8  # one row to try scales on for so many to choose them from
 _SLAB = 4 << 20
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)$")
 

@@ -35,7 +35,7 @@ Costs = npt.NDArray[np.float64]
 
 _SWEEPS = (0.5, 0.25, 0.125)  # steps of each sweep over all channels, in powers of two
 _STEPS = (0, -1, 1, -2, 2)  # tried for each channel; of equal costs, as of a dead channel, the first wins
-_STRENGTHS = (1.0, 0.5)  # powers of the scales that are tried with the encoder
+_STRENGTHS = (1.0, 0.5)  # powers of the scales that are tried with the encoder until one wins
 _WORTH = 0.995  # of the error: less gain than that is chance
 
 
@@ -97,17 +97,14 @@ def fit(readers: Sequence[Reader], ties: Index | None = None, *, whole_powers: b
     ties = np.arange(readers[0].rows.shape[1]) if ties is None else ties
     parts = [_Part.of(reader) for reader in readers]
     best = _descend(parts, ties)
-    ones = np.ones_like(best)
     before = [r.error() for r in readers]
-    found = Fit(ones, 1.0, 1.0)
     for strength in _STRENGTHS:
         scales = _even(best**strength, whole_powers)
-        forecast = float(np.mean([p.total(scales[ties]) for p in parts]))
         after = [r.scaled(scales[ties]).error() for r in readers]
         measured = float(np.mean([a / b if b > 0 else 1.0 for a, b in zip(after, before, strict=True)]))
-        if measured < min(_WORTH, found.measured):
-            found = Fit(scales, forecast, measured)
-    return found
+        if measured < _WORTH:
+            return Fit(scales, float(np.mean([p.total(scales[ties]) for p in parts])), measured)
+    return Fit(np.ones_like(best), 1.0, 1.0)
 
 
 def divided(curvature: gptq.Curvature, scales: Floats) -> gptq.Curvature:
