@@ -45,6 +45,7 @@ def mix(
     """Format by tensor name for every measured matrix of `plan`: the least predicted divergence whose file has at most
     `budget` bytes, header and padding included. Everything else stays as planned.
 
+    Where the target (None: this machine) computes on its CPU, the rounding of inputs counts as well.
     With a `target`, formats that it runs slowly are left out where another fits, and `speed` takes the choice that
     decodes fastest, by edgekit.forecast's format factors, of those whose predicted divergence is at most 1.5 times the
     best; it may stay below the budget. Without one it is `quality`. Raises DoesNotFit (exit 3) with the
@@ -109,7 +110,8 @@ def _options(name: str, sensitivity: Sensitivity, target: Target | None) -> list
     formats = sensitivity.formats(name)
     if target is not None:
         formats = tuple(f for f in formats if target.prefers(f) != "slow") or formats
-    return [replace(o, nbytes=_padded(o.nbytes)) for o in sensitivity.options(name, formats)]
+    cpu = target is None or target.backend_named().name == "cpu"
+    return [replace(o, nbytes=_padded(o.nbytes)) for o in sensitivity.options(name, formats, cpu=cpu)]
 
 
 def _padded(nbytes: int) -> int:

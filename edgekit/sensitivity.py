@@ -21,6 +21,7 @@ from edgekit.quant import Format, ggml, presets
 from edgekit.quant.allocation import Option
 from edgekit.reference import CompactReference, record
 from edgekit.runtime.llama_cpp import LlamaSession
+from edgekit.runtime.rounding import Inputs, inputs
 from edgekit.runtime.weights import Weights
 from edgekit.shelf import unknown
 from edgekit.units import Progress, silent
@@ -34,14 +35,17 @@ Assignment = Mapping[str, str]
 Encode = Callable[[str, int, Array, Format], Bytes]
 """(tensor, which matrix of the stack, float32 rows of it (r, cols), format) -> uint8 (r, row_bytes).
 
-Called with all rows of a matrix in order, in slabs of a multiple of 512 rows."""
+Called with some rows of a matrix at a time, so a row must not depend on others."""
 
 PASS = 4096
 """Tokens of one forward pass, as probes are counted."""
 
-PROBES = ("Q2_K", "Q3_K", "Q4_K", "Q6_K")
-NARROW_PROBES = ("Q4_0", "Q5_0", "Q8_0")
-"""What is measured unless told otherwise; the second where rows do not divide into blocks of 256."""
+PROBES = (("Q2_K", "Q3_K", "Q4_K", "Q6_K"), ("Q2_K", "Q4_K"), ("Q3_K",))
+"""Formats that are measured: as many as the effort allows for every matrix by itself, since formats follow one another
+more closely than layers do (docs/sensitivity.md)."""
+
+NARROW_PROBES = ("Q4_0", "Q8_0", "Q5_0")
+"""The first of these, as many as asked for, where rows do not divide into blocks of 256."""
 
 CONSIDERED = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS"),
@@ -49,7 +53,7 @@ CONSIDERED = (
 )
 """What a tensor may become, if it fits."""
 
-_BUDGET = {"low": (12, 1), "normal": (30, 1), "high": (120, 2)}  # passes a format, and passes a probe
+_BUDGET = {"low": (48, 1), "normal": (120, 1), "high": (480, 2)}  # passes in all, and passes a probe
 _COMBINED = 4  # passes reserved for combinations, to see how far costs add up
 _SKIP = 1 / 8  # of each chunk: predictions with next to no context are no model of use
 _SAMPLE = 1 << 17  # weights of a tensor that are rounded to tell formats apart
@@ -119,20 +123,20 @@ def group(parts: Sequence[Part], bands: int) -> tuple[Group, ...]:
     return tuple(Group(name, tuple(members)) for name, members in found.items())
 
 
-def groups_for(parts: Sequence[Part], formats: Sequence[str] = PROBES, effort: str = "normal") -> tuple[Group, ...]:
-    """As many bands as the effort allows, one for each layer at most. Raises UnknownName."""
-    limit, each = _effort(effort)
+def choose_probes(parts: Sequence[Part], effort: str = "normal") -> tuple[tuple[Group, ...], tuple[str, ...]]:
+    """What to measure within the effort's passes: every matrix by itself in as many formats as possible; where not even
+    one is, bands of layers in one format. Raises UnknownName."""
+    limit, _ = _effort(effort)
     layers = 1 + max((_layer(p.name) for p in parts), default=0)
-    best = group(parts, 1)
-    for bands in range(2, layers + 1):
-        finer = group(parts, bands)
-        if passes(finer, formats, effort) + _COMBINED * each > limit * len(formats):
-            break
-        best = finer
-    return best
+    for bands in range(layers, 0, -1):
+        groups = group(parts, bands)
+        for formats in PROBES if bands == layers else PROBES[-1:]:
+            if passes(groups, formats, effort, combined=_COMBINED) <= limit:
+                return groups, formats
+    return group(parts, 1), PROBES[-1]
 
 
-def passes(groups: Sequence[Group], formats: Sequence[str] = PROBES, effort: str = "normal", combined: int = 0) -> int:
+def passes(groups: Sequence[Group], formats: Sequence[str], effort: str = "normal", *, combined: int = 0) -> int:
     """Forward passes of 4,096 tokens that `measure` takes at most: probes, combinations, and the reference itself."""
     _, each = _effort(effort)
     return each * (1 + combined + sum(len(_probed(g, formats)) for g in groups))
@@ -149,9 +153,9 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _probed(members: Group, formats: Iterable[str]) -> tuple[str, ...]:
-    """Formats that all matrices of a group take; if it takes none of those asked for, the narrow ones."""
-    for names in (formats, NARROW_PROBES):
+def _probed(members: Group, formats: Sequence[str]) -> tuple[str, ...]:
+    """Formats that all matrices of a group take; if it takes none of those asked for, as many narrow ones."""
+    for names in (formats, NARROW_PROBES[: len(formats)]):
         if found := tuple(n for n in names if all(ggml.get(n).fits(p.shape) for p in members.parts)):
             return found
     return ()
@@ -167,6 +171,8 @@ class Sensitivity:
     `errors`: tensor -> format -> squared rounding error weighted by importance, the proxy by which a group's cost is
     shared out among its tensors, and by which formats are placed between those measured (log cost over log error;
     beyond the ends cost is in proportion to error). `combined`: whole assignments that were measured too.
+    `inputs`: tensor -> block size -> squared error of its outputs, in the same unit, that rounding its inputs to 8 bits
+    makes. Probes do not have it, since floats are not rounded; files on CPUs do, and `cpu=True` adds it in.
     """
 
     groups: tuple[Group, ...]
@@ -174,6 +180,7 @@ class Sensitivity:
     errors: Mapping[str, Mapping[str, float]] = field(repr=False)
     assignments: tuple[tuple[Assignment, float, float], ...] = field(default=(), repr=False)
     tokens: int = 0
+    inputs: Mapping[str, Mapping[int, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_of", {p.name: g for g in self.groups for p in g.parts})
@@ -198,7 +205,7 @@ class Sensitivity:
         """What `tensor` may become. Raises UnknownName."""
         return tuple(self._errors(tensor))
 
-    def cost(self, tensor: str, format: str) -> float:
+    def cost(self, tensor: str, format: str, *, cpu: bool = False) -> float:
         """Nats a token that `tensor` in `format` adds. 0 for the floats. Raises UnknownName."""
         if format in ("F32", "F16", "BF16"):
             return 0.0
@@ -208,22 +215,29 @@ class Sensitivity:
         members: Group = self.__dict__["_of"][tensor]
         total = sum(self.errors[p.name].get(format, own[format]) for p in members.parts)
         curve: tuple[tuple[float, float], ...] = self.__dict__["_curves"][members.name]
-        return _along(curve, total) * own[format] / total
+        found = _along(curve, total) * own[format] / total
+        if cpu:
+            # small errors cost in proportion, whether a weight or an input was rounded
+            found += self.inputs.get(tensor, {}).get(_input_block(format), 0.0) * curve[0][1] / curve[0][0]
+        return found
 
-    def options(self, tensor: str, formats: Iterable[str] | None = None) -> list[Option]:
+    def options(self, tensor: str, formats: Iterable[str] | None = None, *, cpu: bool = False) -> list[Option]:
         """Every way to store `tensor` (of those named in `formats`), with its bytes and its cost in nats a token."""
         part = next(p for p in self.__dict__["_of"][tensor].parts if p.name == tensor)
         allowed = self._errors(tensor) if formats is None else [f for f in formats if f in self._errors(tensor)]
-        return [Option(f, ggml.get(f).nbytes(part.shape), self.cost(tensor, f)) for f in allowed]
+        return [Option(f, ggml.get(f).nbytes(part.shape), self.cost(tensor, f, cpu=cpu)) for f in allowed]
 
-    def added(self, assignment: Assignment) -> float:
+    def added(self, assignment: Assignment, *, cpu: bool = False) -> float:
         """The sum of costs, nats a token."""
-        return math.fsum(self.cost(name, fmt) for name, fmt in assignment.items())
+        return math.fsum(self.cost(name, fmt, cpu=cpu) for name, fmt in assignment.items())
 
-    def predict(self, assignment: Assignment) -> float:
-        """The KL divergence of a whole assignment, nats a token: the sum of costs, corrected by the combinations."""
+    def predict(self, assignment: Assignment, *, cpu: bool = False) -> float:
+        """The KL divergence of a whole assignment, nats a token: the sum of costs, corrected by the combinations.
+
+        `cpu`: of a file that llama.cpp's CPU backend runs, which rounds inputs too.
+        """
         scale, power = self.correction
-        return float(scale * max(self.added(assignment), _LEAST) ** power)
+        return float(scale * max(self.added(assignment, cpu=cpu), _LEAST) ** power)
 
     def _errors(self, tensor: str) -> Mapping[str, float]:
         if tensor not in self.errors:
@@ -238,6 +252,11 @@ class Sensitivity:
             if probe.group == members.name
         ]
         return _lift(sorted(found))
+
+
+def _input_block(format: str) -> int:
+    """Values that share a step when the CPU rounds the input of a matrix in `format` (vec_dot_type, ggml-cpu.c)."""
+    return 256 if ggml.get(format).block == 256 else 32
 
 
 def _lift(points: Sequence[tuple[float, float, float]]) -> tuple[tuple[float, float], ...]:
@@ -288,13 +307,16 @@ def measure(
     considered: Sequence[str] = CONSIDERED,
     combined: Sequence[Assignment] = (),
     encode: Encode | None = None,
+    moments: Mapping[str, Array] | None = None,
     progress: Progress = silent,
 ) -> Sensitivity:
     """Measure every group in every format of `formats` that it fits, on the first tokens of `chunks` (token ids).
 
     `session`: the unquantised model, opened with mmap=False; it is as before afterwards, also on an error. `encode`:
-    what the final file will be encoded with, ggml's own kernels with `importance` unless given. `combined`: whole
-    assignments, a pass each, to correct predictions with. The same input gives the same result. Memory beside the
+    what the final file will be encoded with, ggml's own kernels with `importance` unless given; an encoder with error
+    feedback needs `moments` beside it, XᵀX (cols, cols) or (experts, cols, cols) by tensor name, by which formats that
+    it improves and formats that it does not are compared. `combined`: whole assignments, a pass each, to correct
+    predictions with. The same input gives the same result. Memory beside the
     model: the predictions of the text (a few MB), and one slab of a matrix. Progress: passes, as `passes` counts them.
     Raises RuntimeFailed where the weights cannot be overwritten, UnknownName for a matrix that the model lacks.
     """
@@ -310,7 +332,11 @@ def measure(
         progress("sensitivity", done, total)
 
     with Weights(session) as weights:
-        errors = rounding_errors(weights, groups, {*considered, *(f for _, f in jobs)}, importance)
+        read = inputs(session, text[0])
+        errors = rounding_errors(
+            weights, groups, {*considered, *(f for _, f in jobs)}, importance, read, rounded, moments or {}
+        )
+        from_inputs = {p.name: _from_inputs(weights, p.name, read) for g in groups for p in g.parts}
         reference = record(session, text, skip=_SKIP)
         advance()
 
@@ -321,28 +347,68 @@ def measure(
 
         probes = [Probe(g.name, f, *tried({p.name: f for p in g.parts})) for g, f in jobs]
         whole = [(a, *tried(a)) for a in combined]
-    return Sensitivity(tuple(groups), tuple(probes), errors, tuple(whole), reference.tokens)
+    return Sensitivity(tuple(groups), tuple(probes), errors, tuple(whole), reference.tokens, from_inputs)
 
 
 def rounding_errors(
-    weights: Weights, groups: Sequence[Group], formats: Iterable[str], importance: Importance
+    weights: Weights,
+    groups: Sequence[Group],
+    formats: Iterable[str],
+    importance: Importance,
+    read: Mapping[str, Inputs],
+    encode: Encode,
+    moments: Mapping[str, Array],
 ) -> dict[str, dict[str, float]]:
-    """Tensor -> format -> Σ importance x (weight - rounded)², reckoned from at most 131,072 weights of each tensor."""
+    """Tensor -> format -> the mean squared error of its outputs, summed over rows, reckoned from at most 131,072
+    weights of each tensor and the mean squares of its inputs; from the full second moment where there is one."""
     found: dict[str, dict[str, float]] = {}
     order = [name for name in ggml.FORMATS if name in set(formats)]
     for part in (p for g in groups for p in g.parts):
-        blocks = list(_sample(weights, part))
-        of = importance.get(part.name)
         cost = found[part.name] = dict.fromkeys((n for n in order if part.fits(ggml.get(n), importance)), 0.0)
-        for expert, rows, stands_for in blocks:
-            column = None if of is None else of[expert] if of.ndim > 1 else of
+        for expert, rows, stands_for in _sample(weights, part):
+            squares = _squares(part.name, expert, rows.shape[1], importance, read)
+            moment = _of_expert(moments.get(part.name), expert, 2)
             for name in cost:
-                back = ggml.decode(ggml.encode(rows, name, column), name, rows.shape[1])
-                square = np.square(rows - back).sum(axis=0, dtype=np.float64)
-                cost[name] += stands_for * float(square.sum() if column is None else square @ column)
+                data = encode(part.name, expert, rows, ggml.get(name))
+                error = rows - ggml.decode(data, name, rows.shape[1])
+                cost[name] += stands_for * _output_error(error, squares, moment)
         for name in cost:
             cost[name] = max(cost[name], 1e-30)  # a matrix of zeros costs nothing, but has a logarithm
     return found
+
+
+def _output_error(error: Array, squares: npt.NDArray[np.float64], moment: Array | None) -> float:
+    if moment is None:
+        return float(np.square(error).sum(axis=0, dtype=np.float64) @ squares)
+    scale = float(squares.mean()) / max(float(np.diag(moment).mean(dtype=np.float64)), 1e-30)
+    return max(float(np.einsum("rc,rc->", error @ moment, error, dtype=np.float64)) * scale, 0.0)
+
+
+def _squares(
+    name: str, expert: int, cols: int, importance: Importance, read: Mapping[str, Inputs]
+) -> npt.NDArray[np.float64]:
+    """Mean squares of the inputs: as read just now, else the importance, else 1."""
+    if name in read:
+        return read[name].squares
+    of = _of_expert(importance.get(name), expert, 1)
+    return np.ones(cols) if of is None else of.astype(np.float64)
+
+
+def _of_expert(values: Array | None, expert: int, dimensions: int) -> Array | None:
+    return values[expert] if values is not None and values.ndim > dimensions else values
+
+
+def _from_inputs(weights: Weights, name: str, read: Mapping[str, Inputs]) -> dict[int, float]:
+    """Block size -> the mean squared error of the outputs of a matrix, summed over rows, that rounding inputs makes."""
+    seen = read.get(name)
+    if seen is None:
+        return {}
+    rows, cols = weights.shape(name)
+    squares, step = np.zeros(cols), max(1, _SLAB // cols)
+    for start in range(0, rows, step):
+        squares += np.square(weights.read(name, start, min(rows, start + step))).sum(axis=0, dtype=np.float64)
+    by = {32: seen.by_32, 256: seen.by_256}
+    return {block: float(squares @ error) for block, error in by.items() if error is not None}
 
 
 def _sample(weights: Weights, part: Part) -> Iterator[tuple[int, Array, float]]:
@@ -383,8 +449,7 @@ def _round(weights: Weights, name: str, fmt: Format, encode: Encode) -> None:
 
 def _plain(importance: Importance) -> Encode:
     def encode(name: str, expert: int, rows: Array, fmt: Format) -> Bytes:
-        of = importance.get(name)
-        return ggml.encode(rows, fmt, of[expert] if of is not None and of.ndim > 1 else of)
+        return ggml.encode(rows, fmt, _of_expert(importance.get(name), expert, 1))
 
     return encode
 

@@ -133,13 +133,13 @@ def _probe(
     progress: Progress,
 ) -> Sensitivity:
     """The cost of every group in every format, and of the stock preset as a whole to correct the sum with."""
-    groups = sensitivity.groups_for(sensitivity.parts_of(decided.blueprint), effort=effort)
+    groups, formats = sensitivity.choose_probes(sensitivity.parts_of(decided.blueprint), effort)
     measured = {part.name for group in groups for part in group.parts}
     stock = {t.name: t.format.name for t in decided.tensors if t.name in measured}
     return sensitivity.measure(
         session,
         groups,
-        sensitivity.PROBES,
+        formats,
         text.chunks,
         importance,
         effort=effort,

@@ -16,7 +16,9 @@ from edgekit.forecast import CLASSES
 from edgekit.gguf_file import open_gguf
 from edgekit.quant import ggml
 from edgekit.reference import CompactReference, open_reference, record
+from edgekit.runtime import activations
 from edgekit.runtime.llama_cpp import LlamaSession, open_session
+from edgekit.runtime.rounding import inputs
 from edgekit.runtime.weights import Weights
 from edgekit.sensitivity import Sensitivity
 from edgekit.target import Target
@@ -140,7 +142,7 @@ def test_stacks_of_experts(tmp_path: Path) -> None:
         groups = sensitivity.group(sensitivity.parts_of(source.blueprint), 1)
         importance = {name: np.ones((4, 192), np.float32)}
         found = sensitivity.measure(opened, groups, ("Q4_K",), [TOKENS[:64]], importance)
-        assert {p.format for p in found.probes} == {"Q4_0", "Q5_0", "Q8_0"}  # its rows hold no block of 256
+        assert {p.format for p in found.probes} == {"Q4_0"}  # its rows hold no block of 256
         assert all(p.kl > 0 for p in found.probes)
 
 
@@ -243,14 +245,14 @@ def test_groups_follow_the_effort(parts: tuple[sensitivity.Part, ...]) -> None:
         for p in parts
         for i in (range(16) if p.name.startswith("blk.0") else [0] if p.name == "token_embd.weight" else [])
     ]
-    counts = {e: len(sensitivity.groups_for(wide, effort=e)) for e in ("low", "normal", "high")}
-    assert counts["low"] == 8 and counts["low"] < counts["normal"] < counts["high"] <= len(wide)
-    for effort, most in (("low", 12), ("normal", 30)):
-        groups = sensitivity.groups_for(wide, effort=effort)
-        assert sensitivity.passes(groups, effort=effort, combined=4) <= most * len(sensitivity.PROBES)
+    chosen = {e: sensitivity.choose_probes(wide, e) for e in ("low", "normal", "high")}
+    assert [(len(g), len(f)) for g, f in chosen.values()] == [(43, 1), (113, 1), (113, 2)]
+    for (effort, (groups, formats)), most in zip(chosen.items(), (48, 120, 480), strict=True):
+        assert sensitivity.passes(groups, formats, effort, combined=4) <= most
         assert sorted(p.name for g in groups for p in g.parts) == sorted(p.name for p in wide)
+    assert len(sensitivity.choose_probes(parts)[1]) == 4  # two layers
     with pytest.raises(UnknownName, match="effort"):
-        sensitivity.groups_for(wide, effort="huge")
+        sensitivity.choose_probes(wide, "huge")
 
 
 def test_passes_are_counted_beforehand(session: LlamaSession, parts: tuple[sensitivity.Part, ...]) -> None:
@@ -333,7 +335,33 @@ def test_another_encoder_is_measured(session: LlamaSession, parts: tuple[sensiti
         for e in (None, worse)
     ]
     assert kls[1] > 5 * kls[0]
-    assert rows == {p.name: p.shape[0] for g in groups for p in g.parts}
+    # once to tell formats apart, once for the probe
+    assert rows == {p.name: 2 * p.shape[0] for g in groups for p in g.parts}
+
+
+def test_inputs_are_rounded_too(
+    session: LlamaSession, source: pipeline.Source, measured: Sensitivity, tmp_path: Path
+) -> None:
+    """What a file on a CPU loses beside its weights: little in blocks of 32, more in blocks of 256."""
+    for fmt in ("Q8_0", "Q6_K"):
+        whole = {p.name: fmt for p in measured.parts}
+        with open_session(written(source, tmp_path / f"{fmt}.gguf", "F32", whole), n_ctx=128, threads=1) as candidate:
+            real = record(session, CHUNKS, skip=1 / 8).compare(candidate).kl_mean
+        without, within = measured.added(whole), measured.added(whole, cpu=True)
+        assert without < 0.8 * real
+        assert within == pytest.approx(real, rel=0.25)
+        assert within > without
+
+
+def test_rounding_of_inputs_is_what_ggml_does(session: LlamaSession) -> None:
+    seen = inputs(session, CHUNKS[0])
+    with Weights(session) as weights:
+        assert set(seen) == set(weights.names)
+    stats = activations.collect(session, CHUNKS[:1], threads=1)
+    for name, one in seen.items():
+        assert np.allclose(one.squares, stats.sums[name] / 128, rtol=1e-4)
+        assert one.by_32 is not None and one.by_256 is not None
+        assert 0 < one.by_32.sum() < one.by_256.sum() < 1e-3 * one.squares.sum()
 
 
 # --- mixing ----------------------------------------------------------------------------------------------------------
@@ -378,7 +406,8 @@ def test_speed_takes_formats_that_are_quick(source: pipeline.Source, measured: S
     factor = CLASSES[target.backend_named().speed_class].factor
     time = {p: sum(n / factor(f) for f, n in weights.items()) for p, weights in load.items()}
     assert time["speed"] < time["quality"]
-    assert 1 <= measured.added(by["speed"]) / measured.added(by["quality"]) <= mixing.GIVEN
+    costs = [measured.added(by[p], cpu=True) for p in ("speed", "quality")]
+    assert 1 <= costs[0] / costs[1] <= mixing.GIVEN
     with pytest.raises(UnknownName, match="preference"):
         mixing.mix(plan, measured, plan.file_bytes, target, prefer="beauty")
 
