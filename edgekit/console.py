@@ -47,7 +47,7 @@ def out() -> Console:
     """The console for results. Piped, it is wide enough for every table, so that nothing is cut."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else max(160, _columns()))
+    return Console(highlight=False, width=None if sys.stdout.isatty() else max(180, _columns()))
 
 
 def _columns() -> int:

@@ -189,15 +189,31 @@ def encode_header(
     return Header(bytes(out), tuple(len(out) + r for r in relative), len(out) + end)
 
 
+_LARGE = 1024
+_encoded: dict[int, tuple[MetaValue, bytes]] = {}
+
+
 def _encode_pair(key: str, value: MetaValue) -> bytes:
+    """A key and its value. A vocabulary is encoded once, however many plans are made with it: large tuples, which
+    cannot change, are remembered (with the tuple itself, so that its id stays its own)."""
+    if not isinstance(value, tuple) or len(value) < _LARGE:
+        return _encode_string(key) + _encode_value(key, value)
+    if id(value) not in _encoded:
+        while len(_encoded) >= 8:
+            del _encoded[next(iter(_encoded))]
+        _encoded[id(value)] = (value, _encode_value(key, value))
+    return _encode_string(key) + _encoded[id(value)][1]
+
+
+def _encode_value(key: str, value: MetaValue) -> bytes:
     kind, plain_value = _kind_of(key, value)
     array = kind.startswith("array:")
     number, letter = KINDS[kind.removeprefix("array:")]
     values: Sequence[Any] = plain_value if array else [plain_value]  # type: ignore[assignment]
-    head = _encode_string(key)
-    head += struct.pack("<IIQ", _ARRAY, number, len(values)) if array else struct.pack("<I", number)
+    head = struct.pack("<IIQ", _ARRAY, number, len(values)) if array else struct.pack("<I", number)
     if not letter:
-        return head + b"".join(map(_encode_string, values))
+        texts = [v.encode() if isinstance(v, str) else v for v in values]
+        return head + b"".join([part for text in texts for part in (_LENGTH.pack(len(text)), text)])
     try:
         return head + struct.pack(f"<{len(values)}{letter}", *values)
     except (struct.error, OverflowError) as e:
@@ -214,7 +230,9 @@ def _kind_of(key: str, value: MetaValue) -> tuple[str, Scalar | Sequence[Scalar]
     if scalar:
         return scalar, value
     assert isinstance(value, Sequence)
-    kinds = {_scalar_kind(v, integer="int32") for v in value}
+    # one look at each type, not at each value: vocabularies are long
+    samples = {type(v): v for v in value}
+    kinds = {_scalar_kind(v, integer="int32") for v in samples.values()}
     if kinds == {"int32", "float32"}:
         kinds = {"float32"}
     if len(kinds) != 1 or None in kinds:

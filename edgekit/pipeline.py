@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgekit import arch, artifact, tuning, verification
+from edgekit import arch, artifact
 from edgekit.arch import Blueprint, Role
 from edgekit.artifact import Artifact
 from edgekit.checkpoint import Checkpoint, open_checkpoint
@@ -20,16 +20,17 @@ from edgekit.export import gguf
 from edgekit.export.gguf import Written
 from edgekit.gguf_file import MetaValue, encode_header, plain
 from edgekit.imatrix_file import Imatrix
-from edgekit.planning import Plan, cpu_threads, require_fit
+from edgekit.planning import Draft, Plan, cpu_threads, require_fit
 from edgekit.planning import plan as decide
 from edgekit.quant import presets
 from edgekit.recipe import Recipe
-from edgekit.share import card, ollama
 from edgekit.target import Target
-from edgekit.tuning import Outcome
 from edgekit.units import Progress, silent
-from edgekit.verification import Certificate
 from edgekit.vocab import Vocabulary, read_vocabulary
+
+if TYPE_CHECKING:  # a plan needs neither the runtime nor what measures with it
+    from edgekit.tuning import Outcome
+    from edgekit.verification import Certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,13 @@ def plan(model: str | Path, target: str = "host", options: Options = Options(), 
     return plan_source(open_source(model, progress=progress), Target.load(target), options)
 
 
-def plan_source(source: Source, target: Target, options: Options = Options(), importance: Collection[str] = ()) -> Plan:
+def plan_source(
+    source: Source,
+    target: Target,
+    options: Options = Options(),
+    importance: Collection[str] = (),
+    drafts: dict[str, Draft] | None = None,
+) -> Plan:
     """Plan an opened source for one target. `importance`: tensors that will have an importance vector."""
     export = Recipe.load(options.recipe).export
     budget = size_budget(source, options)
@@ -115,6 +122,7 @@ def plan_source(source: Source, target: Target, options: Options = Options(), im
         prefer=options.prefer or export.prefer,
         importance=importance,
         budget=budget,
+        drafts=drafts,
     )
 
 
@@ -133,10 +141,11 @@ def size_budget(source: Source, options: Options) -> int | None:
 
 def plan_all(source: Source, options: Options = Options()) -> Iterable[tuple[Target, Plan | DoesNotFit]]:
     """One plan for each shipped target, in name order; DoesNotFit where nothing fits."""
+    drafts: dict[str, Draft] = {}
     for name in Target.names():
         target = Target.load(name)
         try:
-            yield target, plan_source(source, target, options)
+            yield target, plan_source(source, target, options, drafts=drafts)
         except DoesNotFit as e:
             yield target, e
 
@@ -190,6 +199,8 @@ def _brought(calibration: str, source: Source) -> Imatrix | None:
     """The importance matrix, where the user gave one (`.gguf` or `.dat`) instead of a text."""
     if not calibration.lower().endswith((".gguf", ".dat", ".imatrix")):
         return None
+    from edgekit import tuning
+
     return tuning.bring(Path(calibration), source.blueprint)
 
 
@@ -199,10 +210,14 @@ def importance_names(source: Source, calibration: str, brought: Imatrix | None) 
         return ()
     if not source.blueprint.geometry.causal:
         raise UnsupportedModel("calibration reads text as a decoder does; this is an encoder", "--calibration none")
+    from edgekit import tuning
+
     return brought.importance().keys() if brought else tuning.importance_names(source.blueprint)
 
 
 def _make(conversion: Conversion, job: _Job, progress: Progress) -> Conversion:
+    from edgekit import verification
+
     source, out, threads = conversion.source, conversion.out, job.threads
     with artifact.staging(out, force=job.options.force) as stage:
         conversion, written = _write(conversion, job, stage, progress)
@@ -241,6 +256,8 @@ def _write(conversion: Conversion, job: _Job, stage: Path, progress: Progress) -
 
 
 def _tune(conversion: Conversion, job: _Job, folder: Path, progress: Progress) -> Outcome:
+    from edgekit import tuning, verification
+
     decided, source = conversion.plan, conversion.source
     with verification.unquantised(folder, decided, threads=job.threads, progress=progress) as model:
         known = tuning.learn(
@@ -268,6 +285,9 @@ def file_name(name: str, decided: Plan) -> str:
 
 
 def _companions(conversion: Conversion, file_name: str, certificate: Certificate) -> dict[str, str]:
+    from edgekit import verification
+    from edgekit.share import card, ollama
+
     source, decided = conversion.source, conversion.plan
     checks = {check.name: check.detail for check in certificate.checks}
     texts = {"README.md": card.write(source.checkpoint, decided, conversion.target, file_name, checks)}
@@ -280,9 +300,8 @@ def _companions(conversion: Conversion, file_name: str, certificate: Certificate
 
 def alternatives(source: Source, device: Target, options: Options) -> Iterable[Plan]:
     """The same with smaller presets, best first: what DoesNotFit proposes. Lazily, since it is rarely needed."""
-    for name in presets.LADDER:
-        if not presets.get(name).needs_importance:
-            yield plan_source(source, device, replace(options, quant=name))
+    for name in presets.PLAIN_LADDER:
+        yield plan_source(source, device, replace(options, quant=name))
 
 
 def refuse_fallbacks(decided: Plan, *, strict: bool) -> None:

@@ -152,6 +152,30 @@ class Plan:
         return round(self.parameters * 4 / (32 / self.bits_per_weight) * 1.2)
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a preset makes of a model, whatever the target."""
+
+    preset: Preset
+    tensors: tuple[Planned, ...]
+    metadata: Mapping[str, MetaValue]
+    header: Header
+
+
+def draft(
+    blueprint: Blueprint, metadata: Mapping[str, MetaValue], preset: Preset, importance: Collection[str] | None
+) -> Draft:
+    """The formats of `preset`, the file's metadata and its exact header."""
+    chosen = presets.choose(preset, blueprint, importance=importance)
+    tensors = tuple(Planned(c.tensor, ggml.FORMATS[c.format], c.wanted, c.reason) for c in chosen)
+    full = {**metadata, "general.quantization_version": 2, "general.file_type": preset.file_type}
+    return Draft(preset, tensors, full, _header(full, tensors))
+
+
+def _header(metadata: Mapping[str, MetaValue], tensors: Sequence[Planned]) -> Header:
+    return encode_header(metadata, [(t.name, t.shape, t.format.code, t.nbytes) for t in tensors])
+
+
 def plan(
     blueprint: Blueprint,
     metadata: Mapping[str, MetaValue],
@@ -164,19 +188,26 @@ def plan(
     prefer: str = "quality",
     importance: Collection[str] | None = None,
     budget: int | None = None,
+    drafts: dict[str, Draft] | None = None,
 ) -> Plan:
     """The plan for one target. `metadata` is everything the file will say except what the format decides.
 
     `quant` names a preset, or `auto` takes the best of `candidates` (best quality first) that fits with `context`
-    tokens of KV cache, and in a file of `budget` bytes. A named preset is planned whether it fits the memory or not:
+    tokens of KV cache, and in a file of `budget` bytes. `drafts`, if given, keeps what does not depend on the target,
+    for further plans of the same model. A named preset is planned whether it fits the memory or not:
     see `require_fit`. Raises UnknownName (preset), DoesNotFit (a budget too small; auto, nothing fits), EdgekitError.
     """
     if kv_type not in KV_TYPES:
         raise EdgekitError(f"no KV cache type called {kv_type!r}", f"known: {', '.join(KV_TYPES)}")
     context = context_for(blueprint.geometry, target, context)
 
+    known = {} if drafts is None else drafts
+
     def one(name: str) -> Plan:
-        return _plan_one(blueprint, metadata, target, presets.get(name), context, kv_type, importance)
+        preset = presets.get(name)
+        if preset.name not in known:
+            known[preset.name] = draft(blueprint, metadata, preset, importance)
+        return _on_target(blueprint, known[preset.name], target, context, kv_type)
 
     if quant.lower() != "auto":
         return _within(budget, [one(quant)])[0]
@@ -272,8 +303,9 @@ def _best(plans: Sequence[Plan], target: Target, prefer: str) -> Plan:
         return _because(comfortable[0], f"the best quality that fits and decodes at {COMFORTABLE:.0f} tok/s or more")
     # nothing is comfortable: about 4.5 bits is where quality starts to fall faster than speed rises
     decent = [p for p in whole if p.bits_per_weight >= 4.4] or whole[:1]
-    best = max(decent, key=lambda p: speeds[p.preset.name])
-    return _because(best, "the fastest that fits without going below 4.5 bits")
+    fastest = max(speeds[p.preset.name] for p in decent)
+    best = next(p for p in decent if speeds[p.preset.name] >= 0.85 * fastest)
+    return _because(best, f"nothing decodes at {COMFORTABLE:.0f} tok/s; the best within 15 % of the fastest")
 
 
 def _mostly_fallback(decided: Plan) -> bool:
@@ -284,46 +316,22 @@ def _because(decided: Plan, why: str) -> Plan:
     return replace(decided, why=why)
 
 
-def _plan_one(
-    blueprint: Blueprint,
-    metadata: Mapping[str, MetaValue],
-    target: Target,
-    preset: Preset,
-    context: int,
-    kv_type: str,
-    importance: Collection[str] | None,
-) -> Plan:
-    chosen = presets.choose(preset, blueprint, importance=importance)
-    tensors = tuple(Planned(c.tensor, ggml.FORMATS[c.format], c.wanted, c.reason) for c in chosen)
-    full = {**metadata, "general.quantization_version": 2, "general.file_type": preset.file_type}
-    return _assembled(blueprint, full, target, preset, tensors, context, kv_type)
-
-
 def with_formats(decided: Plan, formats: Mapping[str, str], target: Target, why: str) -> Plan:
     """`decided` with other formats for the tensors named, and everything that follows from them reckoned anew."""
     tensors = tuple(
         replace(t, format=ggml.FORMATS[formats[t.name]], wanted=formats[t.name], reason=why) if t.name in formats else t
         for t in decided.tensors
     )
-    made = _assembled(
-        decided.blueprint, decided.metadata, target, decided.preset, tensors, decided.context, decided.kv_type
-    )
-    return replace(made, why=why)
+    redone = Draft(decided.preset, tensors, decided.metadata, _header(decided.metadata, tensors))
+    return replace(_on_target(decided.blueprint, redone, target, decided.context, decided.kv_type), why=why)
 
 
-def _assembled(
-    blueprint: Blueprint,
-    metadata: Mapping[str, MetaValue],
-    target: Target,
-    preset: Preset,
-    tensors: tuple[Planned, ...],
-    context: int,
-    kv_type: str,
-) -> Plan:
+def _on_target(blueprint: Blueprint, made: Draft, target: Target, context: int, kv_type: str) -> Plan:
+    """A draft with what it needs and how fast it is on `target`."""
     kv = {kind: kv_cache_bytes(blueprint.geometry, context, kind) for kind in KV_TYPES}
     memory = Memory(
-        weights=sum(t.nbytes for t in tensors),
-        twice=_resident_twice(tensors, target),
+        weights=sum(t.nbytes for t in made.tensors),
+        twice=_resident_twice(made.tensors, target),
         kv=kv[kv_type],
         compute=compute_bytes(blueprint.geometry, context),
         overhead=RUNTIME_OVERHEAD,
@@ -331,16 +339,16 @@ def _assembled(
     )
     return Plan(
         blueprint=blueprint,
-        preset=preset,
+        preset=made.preset,
         target=target.name,
-        tensors=tensors,
-        metadata=metadata,
-        header=encode_header(metadata, [(t.name, t.shape, t.format.code, t.nbytes) for t in tensors]),
+        tensors=made.tensors,
+        metadata=made.metadata,
+        header=made.header,
         context=context,
         kv_type=kv_type,
         memory=memory,
         kv_bytes=kv,
-        forecast=forecast(target, workload(tensors, blueprint.geometry, context, kv_type)),
+        forecast=forecast(target, workload(made.tensors, blueprint.geometry, context, kv_type)),
         why="as asked",
     )
 

@@ -161,7 +161,9 @@ def test_type_table_is_ggmls() -> None:
     ggml.ggml_blck_size.restype = ctypes.c_int64
     for code, (name, block, size) in TYPES.items():
         assert (ggml.ggml_blck_size(code), ggml.ggml_type_size(code)) == (block, size), name
-    assert {q.value: q.name for q in gguf.GGMLQuantizationType} == {c: n for c, (n, _, _) in TYPES.items()}
+    newer_than_gguf_py = {42}  # Q2_0
+    known = {c: n for c, (n, _, _) in TYPES.items() if c not in newer_than_gguf_py}
+    assert {q.value: q.name for q in gguf.GGMLQuantizationType if q.value not in newer_than_gguf_py} == known
 
 
 @pytest.mark.parametrize(
