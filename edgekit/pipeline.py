@@ -166,6 +166,8 @@ def convert(
     recipe = Recipe.load(options.recipe)
     source = open_source(model, name=options.name, progress=progress)
     wanted = options.calibration or recipe.export.calibration
+    if wanted == "none" and options.calibration is None and size_budget(source, options):
+        wanted = "self"  # a size is best met by measuring what its bytes are worth
     brought = _brought(wanted, source)
     names = importance_names(source, wanted, brought)
     decided = plan_source(source, device, options, names)
@@ -273,8 +275,10 @@ def _tune(conversion: Conversion, job: _Job, folder: Path, progress: Progress) -
         )
         prefer = job.options.prefer or job.recipe.export.prefer
         budget = size_budget(source, job.options) or decided.file_bytes
-        others = tuning.mixes(decided, known, budget, conversion.target, prefer)
-        return tuning.choose(decided, others, known, folder, threads=job.threads, progress=progress)
+        tried = tuning.attempts(
+            decided, known, budget, conversion.target, prefer=prefer, effort=job.options.effort, progress=progress
+        )
+        return tuning.choose(tried, known, folder, threads=job.threads, progress=progress)
 
 
 def file_name(name: str, decided: Plan) -> str:

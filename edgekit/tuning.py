@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit import artifact, calibration, chat, mixing, reference, sensitivity
+from edgekit import artifact, calibration, chat, folding, mixing, reference, sensitivity
 from edgekit.arch import Blueprint, Role
 from edgekit.calibration import Text
 from edgekit.errors import EdgekitError
 from edgekit.export import gguf
+from edgekit.export.gguf import Slab
 from edgekit.imatrix_file import Imatrix, open_imatrix
 from edgekit.planning import Plan, with_formats
 from edgekit.quality import Column, Columns
-from edgekit.quant import gptq
+from edgekit.quant import Format, ggml, gptq
 from edgekit.reference import CompactReference
 from edgekit.runtime.llama_cpp import LlamaSession, open_session
 from edgekit.sensitivity import Sensitivity
@@ -29,6 +30,8 @@ from edgekit.units import Progress, silent
 
 EFFORTS: Mapping[str, tuple[int, int]] = {"low": (8_192, 8_192), "normal": (32_768, 16_384), "high": (131_072, 32_768)}
 """Tokens read to calibrate, and tokens of held-out text that decide between candidates."""
+
+Moments = Mapping[str, Slab]
 
 RESAMPLES = 2_000
 """Of the paired bootstrap."""
@@ -66,7 +69,7 @@ class Knowledge:
     """What reading the calibration text taught: importance for every matrix, and what the candidates are judged by."""
 
     importance: gguf.Importance
-    feedback: gguf.Feedback
+    moments: Moments
     judge: CompactReference
     sensitivity: Sensitivity
     text: str
@@ -119,9 +122,9 @@ def learn(
         found = calibration.calibrate(session, text, digest=digest, moments=names, spill=spill, progress=progress)
         judge = reference.record(session, judged.chunks, progress=progress)
         importance = found.imatrix.importance()
-        costs = _probe(session, decided, text, importance, effort, progress)
-    moments = {name: found.moments[name] for name in names}
-    return Knowledge(importance, gguf.Feedback(moments), judge, costs, text.name, text.tokens, found.warnings)
+        moments = {name: found.moments[name] for name in names}
+        costs = _probe(session, decided, text, importance, moments, effort, progress)
+    return Knowledge(importance, moments, judge, costs, text.name, text.tokens, found.warnings)
 
 
 def _probe(
@@ -129,10 +132,15 @@ def _probe(
     decided: Plan,
     text: Text,
     importance: gguf.Importance,
+    moments: Moments,
     effort: str,
     progress: Progress,
 ) -> Sensitivity:
-    """The cost of every group in every format, and of the stock preset as a whole to correct the sum with."""
+    """The cost of every group in every format, and of the stock preset as a whole to correct the sum with.
+
+    At high effort with the encoder that the file will have, error feedback; else with ggml's own, which ranks alike and
+    costs a fraction of the time.
+    """
     groups, formats = sensitivity.choose_probes(sensitivity.parts_of(decided.blueprint), effort)
     measured = {part.name for group in groups for part in group.parts}
     stock = {t.name: t.format.name for t in decided.tensors if t.name in measured}
@@ -145,19 +153,75 @@ def _probe(
         effort=effort,
         considered=[f for f in sensitivity.CONSIDERED if f in gptq.FORMATS],
         combined=[stock],
+        encode=_with_feedback(importance, moments) if effort == "high" else None,
+        moments=moments if effort == "high" else None,
         progress=progress,
     )
 
 
-def mixes(decided: Plan, known: Knowledge, budget: int, target: Target, prefer: str) -> dict[str, Plan]:
-    """The measured mix and a random one, of at most `budget` bytes each."""
+def _with_feedback(importance: gguf.Importance, moments: Moments) -> sensitivity.Encode:
+    feedback = gguf.Feedback(moments)
+
+    def encode(name: str, expert: int, rows: Slab, fmt: Format) -> sensitivity.Bytes:
+        weights = importance.get(name)
+        weights = weights[expert] if weights is not None and weights.ndim == 2 else weights
+        if name in feedback and fmt.name in gptq.FORMATS:
+            return gptq.encode(rows, fmt, feedback.curvature(name, expert), importance=weights).data
+        return ggml.encode(rows, fmt, weights)
+
+    return encode
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A candidate before it is written: formats, and what its weights are encoded with."""
+
+    plan: Plan
+    importance: gguf.Importance
+    moments: Moments | None
+
+    def encoding(self, threads: int) -> gguf.Encoding:
+        return gguf.Encoding(threads, self.importance, gguf.Feedback(self.moments) if self.moments else None)
+
+
+def attempts(
+    decided: Plan,
+    known: Knowledge,
+    budget: int,
+    target: Target,
+    *,
+    prefer: str,
+    effort: str,
+    progress: Progress = silent,
+) -> dict[str, Attempt]:
+    """What the gate chooses from, of at most `budget` bytes each, the stock preset first.
+
+    The preset with importance; the same formats with error feedback; the measured mix with it; at high effort that
+    mix with folded scales too; and a random mix, which is only there to be beaten.
+    """
     kind = "speed" if prefer == "speed" else "quality"
-    ours = mixing.mix(decided, known.sensitivity, budget, target, prefer=kind)
-    chance = mixing.random_mix(decided, known.sensitivity, budget, target)
-    return {
-        "mix": with_formats(decided, ours, target, "measured"),
-        "random": with_formats(decided, chance, target, "drawn by lot"),
+    ours = with_formats(
+        decided, mixing.mix(decided, known.sensitivity, budget, target, prefer=kind), target, "measured"
+    )
+    chance = with_formats(decided, mixing.random_mix(decided, known.sensitivity, budget, target), target, "by lot")
+    found = {
+        "preset": Attempt(decided, known.importance, None),
+        "feedback": Attempt(decided, known.importance, known.moments),
+        "mix": Attempt(ours, known.importance, known.moments),
     }
+    if effort == "high":
+        found["folded"] = _folded(ours, known, progress)
+    found["random"] = Attempt(chance, known.importance, known.moments)
+    return found
+
+
+def _folded(plan: Plan, known: Knowledge, progress: Progress) -> Attempt:
+    """`plan` with scales moved between matrices where that lowers the rounding error: the same model, other weights."""
+    formats = {t.name: t.format for t in plan.tensors}
+    made = folding.fold(plan.blueprint, known.importance, known.moments, formats, progress=progress)
+    by_name = {t.name: t for t in made.blueprint.tensors}
+    tensors = tuple(replace(t, made=by_name[t.name]) for t in plan.tensors)
+    return Attempt(replace(plan, blueprint=made.blueprint, tensors=tensors), made.importance, made.moments)
 
 
 def _texts(
@@ -192,26 +256,16 @@ def _long_enough(text: Text) -> Text:
 
 
 def choose(
-    decided: Plan,
-    others: Mapping[str, Plan],
-    known: Knowledge,
-    folder: Path,
-    *,
-    threads: int,
-    progress: Progress = silent,
+    tried: Mapping[str, Attempt], known: Knowledge, folder: Path, *, threads: int, progress: Progress = silent
 ) -> Outcome:
     """Write every candidate into `folder`, judge them on the held-out text, keep the winner's file only.
 
-    Candidates: the stock preset with importance; the same formats with error feedback; each of `others` with it.
     The stock preset wins unless another has the lower mean and the paired bootstrap is 95 % sure of it.
     """
-    plans = {"preset": (decided, False), "feedback": (decided, True)}
-    plans |= {name: (plan, True) for name, plan in others.items()}
     seen: dict[str, tuple[gguf.Written, Column, float]] = {}
     winner = "preset"
-    for kind, (plan, feedback) in plans.items():
-        encoding = gguf.Encoding(threads, known.importance, known.feedback if feedback else None)
-        written = gguf.write(plan, folder / f"{kind}.gguf", encoding, progress=progress)
+    for kind, attempt in tried.items():
+        written = gguf.write(attempt.plan, folder / f"{kind}.gguf", attempt.encoding(threads), progress=progress)
         columns = _judged(written.path, known.judge, threads, progress)
         seen[kind] = (written, columns.kl, float(columns.same.mean()))
         if kind not in (winner, "random") and _surely_better(columns.kl, seen[winner][1]):
@@ -219,15 +273,15 @@ def choose(
             winner = kind
         elif kind != "preset":
             written.path.unlink()
+    preset = tried["preset"].plan.preset.name
     candidates = tuple(
-        _candidate(decided, kind, written, kl, top1, shipped=kind == winner)
+        _candidate(preset, kind, written, kl, top1, shipped=kind == winner)
         for kind, (written, kl, top1) in seen.items()
     )
-    written = seen[winner][0]
     doubt = chance_no_better(seen[winner][1], seen["preset"][1]) if winner != "preset" else 1.0
     return Outcome(
-        replace(plans[winner][0], why=_why(winner, candidates)),
-        written,
+        replace(tried[winner].plan, why=_why(winner, candidates)),
+        seen[winner][0],
         candidates,
         doubt,
         known.text,
@@ -243,9 +297,9 @@ def _judged(path: Path, judge: CompactReference, threads: int, progress: Progres
         return judge.columns(session, progress=progress)
 
 
-def _candidate(decided: Plan, kind: str, written: gguf.Written, kl: Column, top1: float, *, shipped: bool) -> Candidate:
-    name = {"preset": decided.preset.name, "feedback": f"{decided.preset.name} with error feedback"}.get(kind)
-    name = name or {"mix": "measured mix", "random": "random mix"}.get(kind, kind)
+def _candidate(preset: str, kind: str, written: gguf.Written, kl: Column, top1: float, *, shipped: bool) -> Candidate:
+    names = {"preset": preset, "feedback": f"{preset} with error feedback", "mix": "measured mix"}
+    name = names.get(kind) or {"folded": "measured mix, scales folded", "random": "random mix"}[kind]
     stderr = float(kl.std(ddof=1) / np.sqrt(len(kl)))
     return Candidate(name, kind, written.nbytes, float(kl.mean()), stderr, top1, shipped)
 

@@ -21,8 +21,8 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_the_four_are_shipped() -> None:
-    assert {"default", "fastest", "q8", "smallest"} <= set(Recipe.names())
+def test_the_five_are_shipped() -> None:
+    assert {"best", "default", "fastest", "q8", "smallest"} <= set(Recipe.names())
 
 
 @pytest.mark.parametrize("name", Recipe.names())
@@ -30,7 +30,7 @@ def test_shipped_recipes_name_real_presets(name: str) -> None:
     export = Recipe.load(name).export
     for preset in export.candidates if export.quant == "auto" else (export.quant,):
         assert preset in PRESETS
-        assert not FORMATS[PRESETS[preset].default].needs_importance
+        assert export.calibration != "none" or not FORMATS[PRESETS[preset].default].needs_importance
 
 
 def test_what_each_is_for() -> None:
