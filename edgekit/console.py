@@ -286,12 +286,25 @@ def conversion_screen(done: Conversion) -> RenderableType:
     rows.append(("speed", speed_line(plan)))
     if plan.fallbacks:
         rows.append(("fallback", _fallback_line(plan)))
+    rows += _gate_rows(done)
     if done.certificate and done.certificate.checks:
         rows += [("proof" if i == 0 else "", f"[green]✓[/] {line}") for i, line in enumerate(_proof(done))]
     elif done.artifact:
         rows.append(("proof", "[yellow]not verified (--verify none)"))
     rows += _next_rows(done)
     return _panel(rows, _plain(f"{done.source.checkpoint.name} for {target.title}"))
+
+
+def _gate_rows(done: Conversion) -> list[tuple[str, str]]:
+    """Every candidate with its KL divergence; the one that is shipped is marked."""
+    if done.outcome is None:
+        return []
+    rows = []
+    for i, c in enumerate(done.outcome.candidates):
+        line = f"{c.kl:.5f} ± {c.kl_stderr:.5f}  {c.name}"
+        rows.append(("gate" if i == 0 else "", f"[bold green]{line}  shipped[/]" if c.shipped else f"[dim]{line}"))
+    text = f"KL divergence in nats a token on {done.outcome.held_out:,} held-out predictions"
+    return [*rows, ("", f"[dim]{text} of {_plain(done.outcome.text)}")]
 
 
 def _proof(done: Conversion) -> list[str]:
