@@ -162,7 +162,7 @@ def _mark(p: Point, x: float, y: float, scale: _Scale) -> str:
 
 
 def _class(kind: str) -> str:
-    return kind if kind in ("preset", "ours", "random") else "preset"
+    return kind if kind in ("preset", "random") else "ours"
 
 
 def _names(points: Sequence[Point], x: _Scale, y: _Scale) -> list[str]:

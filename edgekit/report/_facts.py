@@ -26,7 +26,7 @@ LONGEST_TEXT = 4_000
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to spend the bytes that was measured. `kind`: `preset`, `ours`, `random`."""
+    """One way to spend the bytes that was measured. `kind`: `preset`, `random`, or a way of our own."""
 
     name: str
     kind: str
