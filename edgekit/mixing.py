@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from edgekit.arch import Role
 from edgekit.errors import DoesNotFit
 from edgekit.forecast import CLASSES
-from edgekit.gguf_file import ALIGNMENT, encode_header
-from edgekit.planning import Plan, Planned
-from edgekit.quant import ggml
+from edgekit.gguf_file import ALIGNMENT
+from edgekit.planning import Plan
 from edgekit.quant.allocation import Allocation, Option, allocate
-from edgekit.sensitivity import Assignment, Sensitivity
+from edgekit.sensitivity import Sensitivity
 from edgekit.shelf import unknown
 from edgekit.target import Target
 from edgekit.units import show_bytes
@@ -78,17 +77,6 @@ def random_mix(
         if _bytes(best) >= task.room - CLOSE * budget:
             break
     return {name: option.name for name, option in best.items()}
-
-
-def apply(plan: Plan, assignment: Assignment, *, reason: str = "measured") -> Plan:
-    """`plan` with other formats: tensors and header. Memory and forecast are those of `plan` still."""
-    tensors = tuple(_with_format(t, assignment.get(t.name), reason) for t in plan.tensors)
-    header = encode_header(plan.metadata, [(t.name, t.shape, t.format.code, t.nbytes) for t in tensors])
-    return replace(plan, tensors=tensors, header=header)
-
-
-def _with_format(tensor: Planned, name: str | None, reason: str) -> Planned:
-    return tensor if name is None else replace(tensor, format=ggml.get(name), wanted=name, reason=reason)
 
 
 def _task(plan: Plan, sensitivity: Sensitivity, budget: int, target: Target | None) -> _Task:

@@ -29,6 +29,10 @@ CHUNKS = [TOKENS[i : i + 128] for i in range(0, 512, 128)]
 DOWN = "blk.1.ffn_down.weight"
 
 
+def mixed(plan: planning.Plan, formats: sensitivity.Assignment) -> planning.Plan:
+    return planning.with_formats(plan, formats, Target.load("rpi5"), "measured")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Source:
     return pipeline.open_source(pico.llama(tmp_path_factory.mktemp("pico") / "m", layers=2, tied=True, dtype="F32"))
@@ -36,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Source:
 
 def written(source: pipeline.Source, path: Path, quant: str, assignment: dict[str, str] | None = None) -> Path:
     plan = planning.plan(source.blueprint, source.metadata, Target.load("rpi5"), quant=quant)
-    gguf.write(mixing.apply(plan, assignment or {}), path)
+    gguf.write(mixed(plan, assignment or {}), path)
     return path
 
 
@@ -376,14 +380,14 @@ def test_a_mix_hits_its_size_from_below(
     randoms = [mixing.random_mix(plan, measured, plan.file_bytes, seed=s) for s in (1, 1, 2)]
     assert randoms[0] == randoms[1] != randoms[2]
     for one in (chosen, randoms[0], randoms[2]):
-        made = mixing.apply(plan, one)
+        made = mixed(plan, one)
         gguf.write(made, tmp_path / "m.gguf")
         assert (tmp_path / "m.gguf").stat().st_size == made.file_bytes
         assert 0.995 * plan.file_bytes <= made.file_bytes <= plan.file_bytes
         assert measured.added(chosen) <= measured.added(one)
     stock = {t.name: t.format.name for t in plan.tensors if t.name in chosen}
     assert measured.added(chosen) <= measured.added(stock)
-    norms = [t for t in mixing.apply(plan, chosen).tensors if t.name not in chosen]
+    norms = [t for t in mixed(plan, chosen).tensors if t.name not in chosen]
     assert norms and all(t.format.name == "F32" for t in norms)
 
 
@@ -400,8 +404,7 @@ def test_speed_takes_formats_that_are_quick(source: pipeline.Source, measured: S
     plan = planning.plan(source.blueprint, source.metadata, target, quant="Q5_K_M")
     by = {p: mixing.mix(plan, measured, plan.file_bytes, target, prefer=p) for p in mixing.PREFERENCES}
     load = {
-        p: planning.workload(mixing.apply(plan, m).tensors, plan.geometry, 256, "f16").weights_by_format
-        for p, m in by.items()
+        p: planning.workload(mixed(plan, m).tensors, plan.geometry, 256, "f16").weights_by_format for p, m in by.items()
     }
     factor = CLASSES[target.backend_named().speed_class].factor
     time = {p: sum(n / factor(f) for f, n in weights.items()) for p, weights in load.items()}
@@ -417,7 +420,7 @@ def test_too_small_a_budget_names_the_smallest(source: pipeline.Source, measured
     with pytest.raises(DoesNotFit, match="smallest possible file") as caught:
         mixing.mix(plan, measured, 10_000)
     smallest = int(str(caught.value.hint).split("at least ")[1].split()[0])
-    made = mixing.apply(plan, mixing.mix(plan, measured, smallest))
+    made = mixed(plan, mixing.mix(plan, measured, smallest))
     assert made.file_bytes == smallest
     with pytest.raises(DoesNotFit):
         mixing.random_mix(plan, measured, smallest - 1)
