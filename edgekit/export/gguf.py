@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,8 +32,11 @@ Slab = npt.NDArray[np.float32]
 Importance = Mapping[str, npt.NDArray[np.float32]]
 """GGUF tensor name -> mean squares of its input columns, float32 (cols,) or, for stacked experts, (experts, cols)."""
 
-SLAB = 8 << 20
-"""Weights decoded at once: 32 MiB as float32, twice that while the next slab is read ahead."""
+SLAB = 2 << 20
+"""Weights decoded at once: 8 MiB as float32. Below 32 MiB, glibc takes the memory again instead of new pages."""
+
+PIECE, WINDOW = 1 << 19, 6 << 20
+"""Weights that one encoder takes at a time, and weights that may wait to be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +117,66 @@ def _write_all(plan: Plan, sink: _Sink, encoding: Encoding, progress: Progress) 
     sink.write(plan.header.bytes)
     total, done = sum(t.made.values for t in plan.tensors), 0
     progress("quantize", 0, total)
-    # one reader thread decodes the next slab while all cores encode this one
-    with ThreadPoolExecutor(1) as reader:
+    # one reader decodes the next slab, and encoders take pieces of the ones before, while this thread writes in order
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(encoding.threads) as encoders:
+        queue = _Queue(sink)
         for tensor, offset in zip(plan.tensors, plan.header.offsets, strict=True):
-            sink.pad_to(offset)
+            queue.add(0, partial(_bytes_from, offset))
             row = 0
             for slab in _read_ahead(reader, tensor.made.stream(SLAB)):
                 for part, expert in _by_expert(tensor, slab, row):
-                    sink.write(_encode(tensor, part, expert, encoding))
+                    _submit(queue, encoders, tensor, part, expert, encoding)
                 row += slab.shape[0]
                 done += slab.size
                 progress("quantize", done, total)
-            assert sink.position == offset + tensor.nbytes, (tensor.name, sink.position, offset, tensor.nbytes)
+        queue.drain()
     sink.pad_to(plan.header.file_size)
+
+
+class _Queue:
+    """Pieces of the file in order, finished or not: at most WINDOW weights of them wait to be written."""
+
+    def __init__(self, sink: _Sink) -> None:
+        self._sink = sink
+        self._waiting: deque[tuple[int, Callable[[int], bytes | memoryview]]] = deque()
+        self._weights = 0
+
+    def add(self, weights: int, piece: Callable[[int], bytes | memoryview]) -> None:
+        """`piece` gets the position it is written at, and blocks until its bytes are there."""
+        self._waiting.append((weights, piece))
+        self._weights += weights
+        while self._weights > WINDOW:
+            self._write_one()
+
+    def drain(self) -> None:
+        while self._waiting:
+            self._write_one()
+
+    def _write_one(self) -> None:
+        weights, piece = self._waiting.popleft()
+        self._sink.write(piece(self._sink.position))
+        self._weights -= weights
+
+
+def _bytes_from(offset: int, position: int) -> bytes:
+    """The zeros between the end of one tensor and the place of the next."""
+    assert position <= offset, (position, offset)
+    return bytes(offset - position)
+
+
+def _submit(
+    queue: _Queue, encoders: ThreadPoolExecutor, tensor: Planned, part: Slab, expert: int, encoding: Encoding
+) -> None:
+    if encoding.feedback is not None and tensor.name in encoding.feedback and tensor.format.name in gptq.FORMATS:
+        queue.drain()  # it brings threads of its own
+        found = _encode(tensor, part, expert, encoding)
+        queue.add(part.size, lambda _: found)
+        return
+    step = max(1, PIECE // part.shape[1])
+    for start in range(0, part.shape[0], step):
+        rows = part[start : start + step]
+        future = encoders.submit(_encode, tensor, rows, expert, replace(encoding, threads=1))
+        queue.add(rows.size, lambda _, future=future: future.result())  # type: ignore[misc]
 
 
 def _by_expert(tensor: Planned, slab: Slab, row: int) -> Iterator[tuple[Slab, int]]:
