@@ -371,9 +371,9 @@ def test_pipes_are_not_opened(tmp_path: Path) -> None:
         (
             {"adapter_config__json": b'{"base_model_name_or_path": "org/Base"}', "adapter_model__safetensors": b""},
             "LoRA adapter",
-            "edgekit convert org/Base --lora",
+            "merge it into org/Base",
         ),
-        ({"adapter_config__json": b"{}", "adapter_model__bin": b""}, "LoRA adapter", "--lora"),
+        ({"adapter_config__json": b"{}", "adapter_model__bin": b""}, "LoRA adapter", "merge_and_unload"),
         ({"x-Q4_K_M__gguf": b""}, "GGUF files", "x-Q4_K_M.gguf"),
     ],
 )

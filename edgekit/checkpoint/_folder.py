@@ -65,7 +65,7 @@ def refuse_other(root: Path, names: set[str], where: str) -> None:
     ggufs = sorted(n for n in names if n.endswith(".gguf"))
     if "adapter_config.json" in names and not weights:
         base = read_json(root, "adapter_config.json").get("base_model_name_or_path") or "BASE_MODEL"
-        hint = f"convert its base with it: edgekit convert {base} --lora {where}"
+        hint = f"merge it into {base} first (peft: merge_and_unload, then save_pretrained) and convert the result"
         raise UnsupportedModel(f"{where} is a LoRA adapter, not a model", hint)
     if pickles and not weights:
         made = f"the hub offers safetensors of many models as a pull request: try {where}@refs/pr/1; or "
