@@ -141,14 +141,15 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cut(texts: Sequence[str], session: Session, limit: int | None) -> Iterator[tuple[int, ...]]:
-    """Chunks of CHUNK ids, of all texts in a row; the last one may be shorter."""
+    """Chunks of CHUNK ids (of the context, where that is shorter), all texts in a row; the last one may be shorter."""
     ids: list[int] = []
+    size = min(CHUNK, session.n_ctx)
     given, most = 0, limit if limit is not None else 1 << 62
     for text in texts:
         ids += session.tokenize(text, add_special=True)
-        while len(ids) >= CHUNK and given < most:
-            yield tuple(ids[:CHUNK])
-            ids, given = ids[CHUNK:], given + CHUNK
+        while len(ids) >= size and given < most:
+            yield tuple(ids[:size])
+            ids, given = ids[size:], given + size
         if given >= most:
             return
     if ids:

@@ -43,7 +43,7 @@ def session(made: pipeline.Conversion):  # type: ignore[no-untyped-def]
 def test_plain_text_is_cut_into_chunks_up_to_the_limit(session: LlamaSession, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(corpus.TEXT)
     found = calibration.read_text(tmp_path / "t.txt", session, None, limit=1024)
-    assert [len(c) for c in found.chunks] == [512, 512]
+    assert [len(c) for c in found.chunks] == [256] * 4, "no longer than the context"
     ids = session.tokenize(corpus.TEXT, add_special=True)
     assert [i for c in found.chunks for i in c] == ids[:1024]
 
@@ -156,3 +156,18 @@ def test_the_gate_ships_nothing_worse_than_the_preset(tmp_path: Path) -> None:
     assert {c["kind"] for c in manifest["candidates"]} == {"preset", "feedback", "mix", "random"}
     assert done.artifact.model.stat().st_size == shipped.nbytes
     assert sorted(p.name for p in (tmp_path / "out").iterdir())[0] == "Modelfile", "no work files are left"
+
+
+@pytest.mark.slow
+def test_high_effort_tries_folded_scales_and_short_contexts_are_read_in_short_texts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model trained for 256 tokens, probed with the encoder of the final file; the folded candidate is as valid."""
+    monkeypatch.setattr(tuning, "EFFORTS", {**tuning.EFFORTS, "high": (1024, 1024)})
+    (tmp_path / "t.txt").write_text(corpus.TEXT)
+    options = Options(out=tmp_path / "out", quant="Q4_0", calibration=str(tmp_path / "t.txt"), effort="high")
+    done = pipeline.convert(str(model), "rpi5", options)
+    assert done.outcome is not None
+    kl = {c.kind: c.kl for c in done.outcome.candidates}
+    assert set(kl) == {"preset", "feedback", "mix", "folded", "random"}
+    assert kl["folded"] < kl["preset"], "folding changes no output, so its KL is that of rounding alone"
