@@ -39,7 +39,7 @@ REPACKED = frozenset({"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL"})
 """Formats that llama.cpp's CPU backend lays out anew at load on Arm (and some on AVX2), in a buffer of its own."""
 
 RUNTIME_OVERHEAD = 90 << 20
-"""Resident bytes of the runner beside weights, KV cache and compute buffers; measured, see docs/planning.md."""
+"""Resident bytes allowed for the runner beside weights, KV cache and compute buffers (docs/planning.md)."""
 
 COMFORTABLE = 10.0
 """Decode tokens/s below which `auto` gives quality away for speed: about twice as fast as people read."""
