@@ -18,7 +18,8 @@ from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel, Unsupport
 from edgekit.flips import Flips, Prompt
 from edgekit.generation import template_of
 from edgekit.gguf_file import GgufFile, open_gguf
-from edgekit.planning import Plan, cpu_threads
+from edgekit.host import usable_cores
+from edgekit.planning import Plan
 from edgekit.quality import Comparison, Stored
 from edgekit.reference import CompactReference
 from edgekit.runtime import Session
@@ -166,7 +167,7 @@ def _model(against: str | Path, candidate: Path, options: Options, progress: Pro
     plan = _unquantised_plan(source)
     beside = 0 if options.save else candidate.stat().st_size
     with verification.unquantised(
-        _work_folder(candidate), plan, threads=options.threads or cpu_threads(), beside=beside, progress=progress
+        _work_folder(candidate), plan, threads=options.threads or usable_cores(), beside=beside, progress=progress
     ) as made:
         yield _Model(source.checkpoint.name, made, plan)
 
@@ -374,7 +375,7 @@ def _twin(model: _Model, options: Options, n_ctx: int, progress: Progress) -> It
     other = "BF16" if own == "F32" else "F32"
     with (
         verification.unquantised(
-            _work_folder(model.path), model.plan, threads=options.threads or cpu_threads(), preset=other,
+            _work_folder(model.path), model.plan, threads=options.threads or usable_cores(), preset=other,
             beside=model.path.stat().st_size, progress=progress,
         ) as made,
         open_session(made, n_ctx=n_ctx, threads=options.threads) as session,

@@ -134,6 +134,11 @@ def detect(*, system: str = "", machine: str = "", root: Path = Path("/"), ask: 
     return Host(os=system.lower(), machine=machine, logical_cores=os.cpu_count())
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, little ones and quotas of containers counted: for work that is split evenly."""
+    return detect().allowed_cores or os.cpu_count() or 1
+
+
 def measure_bandwidth(threads: int = 0, seconds: float = 1.0, *, buffer_bytes: int = 0) -> Bandwidth:
     """Read buffers larger than the last-level cache over and over, `threads` at once, for about `seconds`.
 

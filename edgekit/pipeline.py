@@ -19,8 +19,9 @@ from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.export import gguf
 from edgekit.export.gguf import Written
 from edgekit.gguf_file import MetaValue, encode_header, plain
+from edgekit.host import usable_cores
 from edgekit.imatrix_file import Imatrix
-from edgekit.planning import Draft, Plan, cpu_threads, require_fit
+from edgekit.planning import Draft, Plan, require_fit
 from edgekit.planning import plan as decide
 from edgekit.quant import presets
 from edgekit.recipe import Recipe
@@ -194,7 +195,7 @@ class _Job:
 
     @property
     def threads(self) -> int:
-        return self.options.threads or cpu_threads()
+        return self.options.threads or usable_cores()
 
 
 def _brought(calibration: str, source: Source) -> Imatrix | None:

@@ -4,7 +4,6 @@ will be. Pure: takes opened headers, gives frozen values; reads no weight and wr
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -431,8 +430,3 @@ def _share(tensor: Planned, geometry: Geometry) -> tuple[int, int]:
     if geometry.experts and len(tensor.shape) == 3 and tensor.shape[0] == geometry.experts:
         return max(1, geometry.experts_used), geometry.experts
     return 1, 1
-
-
-def cpu_threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
