@@ -1,68 +1,33 @@
-"""The one pipeline: open, plan, run the stages, write, verify, seal. The only place that knows the order."""
+"""A GGUF for a device: plan, write or choose among candidates, verify, seal."""
 
 from __future__ import annotations
 
-import platform
-import sys
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edgekit import arch, artifact
-from edgekit.arch import Blueprint, Role
+from edgekit import artifact
 from edgekit.artifact import Artifact
-from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.export import gguf
 from edgekit.export.gguf import Written
-from edgekit.gguf_file import MetaValue, encode_header, plain
+from edgekit.gguf_file import plain
 from edgekit.host import usable_cores
 from edgekit.imatrix_file import Imatrix
+from edgekit.pipeline._manifest import manifest
+from edgekit.pipeline._model import Options, Source, open_source, size_budget
 from edgekit.planning import Draft, Plan, require_fit
 from edgekit.planning import plan as decide
 from edgekit.quant import presets
 from edgekit.recipe import Recipe
 from edgekit.target import Target
 from edgekit.units import Progress, silent
-from edgekit.vocab import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:  # a plan needs neither the runtime nor what measures with it
     from edgekit.tuning import Outcome
     from edgekit.verification import Certificate
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a user may ask of `convert` and `plan` beside model and target. None = the recipe decides."""
-
-    recipe: str = "default"
-    quant: str | None = None
-    context: int | None = None
-    kv: str | None = None
-    prefer: str | None = None
-    target_size: int | None = None
-    target_bpw: float | None = None
-    calibration: str | None = None
-    verify: str | None = None
-    name: str | None = None
-    out: Path | None = None
-    strict: bool = False
-    force: bool = False
-    threads: int | None = None
-    effort: str = "normal"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model opened and understood: headers, family, tokenizer, and what metadata does not depend on the format."""
-
-    checkpoint: Checkpoint
-    blueprint: Blueprint
-    vocabulary: Vocabulary | None
-    metadata: Mapping[str, MetaValue]
 
 
 @dataclass(frozen=True)
@@ -77,26 +42,6 @@ class Conversion:
     certificate: Certificate | None = None
     warnings: tuple[str, ...] = ()
     outcome: Outcome | None = None
-
-
-def open_source(model: str | Path, *, name: str | None = None, progress: Progress = silent) -> Source:
-    """Open what the user named, under another `name` if one is given.
-
-    Raises CorruptCheckpoint, UnsupportedModel, UnsupportedVocabulary, DownloadFailed.
-    """
-    checkpoint = open_checkpoint(model, progress=progress)
-    checkpoint = replace(checkpoint, name=safe_name(name or checkpoint.name))
-    blueprint = arch.blueprint(checkpoint)
-    rows = next((t.shape[0] for t in blueprint.tensors if t.role is Role.EMBED), None)
-    vocabulary = None
-    if checkpoint.kind != "gguf":
-        vocabulary = read_vocabulary(checkpoint.root, checkpoint.config, rows=rows)
-    return Source(checkpoint, blueprint, vocabulary, gguf.metadata(checkpoint, blueprint, vocabulary))
-
-
-def plan(model: str | Path, target: str = "host", options: Options = Options(), *, progress: Progress = silent) -> Plan:
-    """The plan that `convert` would follow, whether it fits or not (`auto` raises DoesNotFit when nothing does)."""
-    return plan_source(open_source(model, progress=progress), Target.load(target), options)
 
 
 def plan_source(
@@ -125,19 +70,6 @@ def plan_source(
         budget=budget,
         drafts=drafts,
     )
-
-
-def size_budget(source: Source, options: Options) -> int | None:
-    """Bytes that the file may have: --target-size, or --target-bpw times the weights plus what metadata takes."""
-    if options.target_size is not None and options.target_bpw is not None:
-        raise EdgekitError("--target-size and --target-bpw say the same thing", "give one of them")
-    if options.target_bpw is None:
-        return options.target_size
-    if not 0 < options.target_bpw <= 32:
-        raise EdgekitError(f"{options.target_bpw} bits per weight make no sense", "write for example --target-bpw 4.5")
-    weights = sum(t.values for t in source.blueprint.tensors if t.role is not Role.ROPE)
-    names = [(t.name, t.shape, 0, 4 * t.values) for t in source.blueprint.tensors]
-    return round(weights * options.target_bpw / 8) + len(encode_header(source.metadata, names).bytes)
 
 
 def plan_all(source: Source, options: Options = Options()) -> Iterable[tuple[Target, Plan | DoesNotFit]]:
@@ -236,8 +168,8 @@ def _make(conversion: Conversion, job: _Job, progress: Progress) -> Conversion:
         )
         for path, text in _companions(conversion, written.path.name, certificate).items():
             (stage / path).write_text(text, encoding="utf-8")
-        manifest = _manifest(conversion, written, certificate, job.recipe)
-        artifact.seal(stage, manifest, {written.path.name: written.sha256})
+        sealed = manifest(conversion, written, certificate, job.recipe)
+        artifact.seal(stage, sealed, {written.path.name: written.sha256})
     warnings = tuple(dict.fromkeys(conversion.warnings + certificate.warnings))
     return replace(conversion, artifact=artifact.open_artifact(out), certificate=certificate, warnings=warnings)
 
@@ -320,14 +252,6 @@ def refuse_fallbacks(decided: Plan, *, strict: bool) -> None:
         )
 
 
-def safe_name(name: str) -> str:
-    """A file name out of a model name: what is not a letter, digit, dot, dash or underscore becomes a dash."""
-    clean = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip(".-")
-    if not clean:
-        raise EdgekitError(f"{name!r} cannot be a file name", "choose one with --name")
-    return clean[:120]
-
-
 def _warnings(source: Source, decided: Plan) -> tuple[str, ...]:
     found = [*source.blueprint.notes, *(source.vocabulary.warnings if source.vocabulary else ())]
     if decided.fallbacks:
@@ -339,100 +263,3 @@ def _warnings(source: Source, decided: Plan) -> tuple[str, ...]:
     if decided.geometry.context and decided.context > decided.geometry.context:
         found.append(f"a context of {decided.context} is more than the {decided.geometry.context} it was trained for")
     return tuple(found)
-
-
-def _manifest(conversion: Conversion, written: Written, certificate: Certificate, recipe: Recipe) -> Mapping[str, Any]:
-    source = conversion.source
-    return {
-        "model_file": written.path.name,
-        "format": "gguf",
-        "source": {
-            "ref": _public_ref(source.checkpoint),
-            "name": source.checkpoint.name,
-            "digest": source.checkpoint.digest,
-            "architecture": conversion.plan.arch,
-            "parameters": source.checkpoint.parameters,
-            "dtype": source.checkpoint.dtype,
-        },
-        "target": conversion.target.name,
-        "recipe": recipe.model_dump(mode="json"),
-        "plan": summary(conversion.plan, tensors=True),
-        "certificate": asdict(certificate),
-        **_learned(conversion.outcome),
-        "warnings": list(conversion.warnings),
-        "versions": versions(),
-        "instruction_set": platform.machine(),
-    }
-
-
-def _learned(outcome: Outcome | None) -> dict[str, Any]:
-    """What was learned and compared, for the manifest."""
-    if outcome is None:
-        return {}
-    return {
-        "calibration": {"text": outcome.text, "tokens": outcome.tokens, "held_out": outcome.held_out},
-        "candidates": [asdict(c) for c in outcome.candidates],
-        "doubt": outcome.doubt,
-    }
-
-
-def _public_ref(checkpoint: Checkpoint) -> str:
-    """What the user typed; of a local path only the last part, so that a manifest does not tell who made it."""
-    return Path(checkpoint.ref).name if Path(checkpoint.ref).exists() else checkpoint.ref
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part."""
-    found = {"python": sys.version.split()[0], "platform": platform.platform()}
-    for package in ("edgekit", "llama-cpp-python", "tokenizers", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def summary(decided: Plan, *, tensors: bool = False) -> dict[str, Any]:
-    """A plan as plain values for JSON: bytes, tokens, tokens/s. `tensors` adds one row for each tensor."""
-    memory = decided.memory
-    found: dict[str, Any] = {
-        "target": decided.target,
-        "preset": decided.preset.name,
-        "why": decided.why,
-        "architecture": decided.arch,
-        "parameters": decided.parameters,
-        "file_bytes": decided.file_bytes,
-        "weight_bytes": decided.weight_bytes,
-        "bits_per_weight": round(decided.bits_per_weight, 4),
-        "bytes_by_format": decided.bytes_by_format,
-        "context": decided.context,
-        "kv_type": decided.kv_type,
-        "kv_bytes": dict(decided.kv_bytes),
-        "memory": asdict(memory) | {"total": memory.total, "headroom": memory.headroom, "fits": memory.fits},
-        "rule_of_thumb_bytes": decided.rule_of_thumb,
-        "forecast": asdict(decided.forecast),
-        "fallbacks": [
-            {"tensor": t.name, "wanted": t.wanted, "format": t.format.name, "row": t.shape[-1]}
-            for t in decided.fallbacks
-        ],
-        "ignored": list(decided.blueprint.ignored),
-    }
-    if tensors:
-        found["tensors"] = [
-            {"name": t.name, "shape": list(t.shape), "format": t.format.name, "bytes": t.nbytes}
-            for t in decided.tensors
-        ]
-    return found
-
-
-def conversion_summary(done: Conversion) -> dict[str, Any]:
-    """What `convert --json` prints."""
-    return {
-        "out": str(done.out),
-        "model": str(done.artifact.model) if done.artifact else None,
-        "sha256": done.artifact.manifest["files"][done.artifact.model.name]["sha256"] if done.artifact else None,
-        "plan": summary(done.plan),
-        "certificate": asdict(done.certificate) if done.certificate else None,
-        **_learned(done.outcome),
-        "warnings": list(done.warnings),
-    }
