@@ -13,11 +13,12 @@ import gguf
 import numpy as np
 import pytest
 
-from edgekit import benchmark
+from edgekit import benchmark, pipeline
 from edgekit.benchmark import BenchResult, Measurement, Settings, bench, bytes_per_token
 from edgekit.errors import CorruptCheckpoint, EdgekitError, RuntimeFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.health import Health, examine
+from tests import pico
 from tests.gguf_models import noise_gguf
 
 KEYS = """
@@ -237,3 +238,23 @@ def test_notes_say_what_may_have_distorted(result: BenchResult) -> None:
         "the clock governor is powersave",
     )
     assert Settings().n_batch == 2048
+
+
+def test_an_encoder_is_measured_in_texts(tmp_path: Path) -> None:
+    model = pico.make("bert", tmp_path / "bert")
+    path = pipeline.convert(str(model), "rpi5", pipeline.Options(out=tmp_path / "out", quant="Q8_0", verify="none")).out
+    found = bench(path, repetitions=2, threads=1, prompt=(8, 16), texts=3)
+    assert [t.name for t in found.tests] == ["3x8", "3x16"]
+    rows = benchmark.as_json(found)
+    assert [(r["n_texts"], r["n_prompt"], r["n_gen"]) for r in rows] == [(3, 8, 0), (3, 16, 0)]
+    assert rows[1]["texts_per_s"] * 16 == pytest.approx(found.tests[1].avg_ts)
+    assert rows[1]["latency_ms"] == pytest.approx(statistics.median(found.tests[1].samples_ns) / 1e6)
+    usual = bench(path, repetitions=1, threads=1, isolate=False)
+    assert [t.name for t in usual.tests] == ["1x16", "1x128", "8x128"]
+    with pytest.raises(EdgekitError, match="is an encoder: it generates nothing"):
+        bench(path, generate=4, isolate=False)
+
+
+def test_a_decoder_writes_one_text_at_a_time(noise: Path) -> None:
+    with pytest.raises(EdgekitError, match="one text at a time"):
+        bench(noise, texts=2)
