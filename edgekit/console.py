@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from edgekit.benchmark import BenchResult
+    from edgekit.benchmark import BenchResult, Measurement
     from edgekit.diagnosis import Finding
     from edgekit.evaluation import Evaluation
     from edgekit.flips import Answer, Flips
@@ -369,14 +369,7 @@ def bench_screen(result: BenchResult) -> RenderableType:
     size = f"{show_bytes(result.model_size)}, {show_count(result.model_n_params)} parameters"
     rows = [("model", f"[bold]{_plain(result.model_type)}[/] [dim]({size})")]
     for test in result.tests:
-        kind = "prefill" if test.n_prompt else "decode"
-        line = f"[bold]{rate(test.avg_ts)} tok/s[/] ± {rate(test.stddev_ts)} {kind} [dim]({test.name}"
-        line += f", {len(test.samples_ns)} runs)"
-        if gbs := result.achieved_gbs(test):
-            line += f"[/], {gbs:.2f} GB/s of weights"
-        if test.ttft_ms is not None:
-            line += f"[/], first token after {test.ttft_ms:.0f} ms"
-        rows.append(("speed" if test is result.tests[0] else "", line))
+        rows.append(("speed" if test is result.tests[0] else "", _speed_line(result, test)))
     own = result.peak_rss_bytes - result.baseline_rss_bytes
     rows.append(("memory", f"{show_bytes(result.peak_rss_bytes)} at its peak, {show_bytes(own)} of it the model's"))
     rows.append(("loaded", f"in {result.load_ms:.0f} ms"))
@@ -386,6 +379,21 @@ def bench_screen(result: BenchResult) -> RenderableType:
     rows.append(("build", f"{_plain(str(build['runtime']))} [dim]({build['build_commit']})"))
     rows += [("note", f"[yellow]{_plain(note)}") for note in result.notes]
     return _panel(rows, "bench")
+
+
+def _speed_line(result: BenchResult, test: Measurement) -> str:
+    if test.latency_ms is not None:
+        what = "1 text" if test.texts == 1 else f"{test.texts} texts"
+        line = f"[bold]{test.latency_ms:.3g} ms[/] for {what} of {test.n_prompt} tokens"
+        return f"{line}, {rate(test.texts_per_s or 0)} texts/s [dim]({len(test.samples_ns)} runs)"
+    kind = "prefill" if test.n_prompt else "decode"
+    line = f"[bold]{rate(test.avg_ts)} tok/s[/] ± {rate(test.stddev_ts)} {kind} [dim]({test.name}"
+    line += f", {len(test.samples_ns)} runs)"
+    if gbs := result.achieved_gbs(test):
+        line += f"[/], {gbs:.2f} GB/s of weights"
+    if test.ttft_ms is not None:
+        line += f"[/], first token after {test.ttft_ms:.0f} ms"
+    return line
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
