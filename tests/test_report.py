@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def read(*folders: Path) -> Page:
     return Page(report.page([report.read_facts(f) for f in folders]))
 
 
-CANDIDATES = [
+CANDIDATES: list[dict[str, Any]] = [
     {"name": "Q4_0", "kind": "preset", "nbytes": 4_000_000, "kl": 0.02, "kl_stderr": 0.001, "shipped": False},
     {"name": "Q8_0", "kind": "preset", "nbytes": 8_000_000, "kl": 0.0004, "kl_stderr": 0.00001, "shipped": False},
     {"name": "mixed", "kind": "ours", "nbytes": 3_990_000, "kl": 0.008, "kl_stderr": 0.0004, "shipped": True},
@@ -120,7 +121,7 @@ def test_every_matrix_has_its_cell(folder: Path) -> None:
 def test_candidates_are_drawn_and_the_one_shipped_is_ringed(folder: Path) -> None:
     page = read(change(folder, candidates=CANDIDATES, doubt=0.0123))
     assert page.count("circle", "preset") == 2
-    assert page.count("path", "random") == 1
+    assert [a["class"] for t, a in page.elements if t == "path"].count("mark random") == 1
     assert page.count("circle", "shipped") == 1
     assert "1.23%" in page.text
     assert "0.00800 ± 0.00040" in page.text
@@ -131,9 +132,123 @@ def test_candidates_are_drawn_and_the_one_shipped_is_ringed(folder: Path) -> Non
 def test_larger_is_to_the_right_and_worse_is_above(folder: Path) -> None:
     two = [c | {"kind": "preset", "shipped": False} for c in CANDIDATES[:2]]
     page = read(change(folder, candidates=two))
-    worse, larger = [(float(a["cx"] or 0), float(a["cy"] or 0)) for t, a in page.elements if t == "circle"]
+    larger, worse = [(float(a["cx"] or 0), float(a["cy"] or 0)) for t, a in page.elements if t == "circle"]
     assert worse[0] < larger[0]
     assert worse[1] < larger[1], "SVG counts downwards"
+
+
+def ladder(count: int = 9) -> list[dict[str, Any]]:
+    """Stock presets whose divergence halves with every further half megabyte."""
+    sizes = [2_500_000 + 500_000 * i for i in range(count)]
+    return [
+        {"name": f"Q{i}_K_M", "kind": "preset", "nbytes": n, "kl": 0.2 / 2**i, "kl_stderr": 0.02 / 2**i}
+        for i, n in enumerate(sizes)
+    ]
+
+
+def polyline(page: Page) -> list[tuple[float, float]]:
+    (points,) = [a["points"] or "" for t, a in page.elements if t == "polyline"]
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in points.split())]
+
+
+def test_the_stock_presets_of_other_sizes_make_a_line(folder: Path) -> None:
+    worse = {"name": "Q9_0", "kind": "preset", "nbytes": 5_000_000, "kl": 0.05, "kl_stderr": 0.001}
+    own = {"name": "mixed", "kind": "mix", "nbytes": 4_250_000, "kl": 0.00625, "kl_stderr": 0.0004, "shipped": True}
+    page = read(change(folder, candidates=[own], ladder=[*ladder(), worse]))
+    line = polyline(page)
+    assert len(line) == 9, "a preset that a smaller one beats is no part of the line"
+    assert page.count("circle", "preset") == 10
+    steps = {round(b[0] - a[0]) for a, b in pairwise(line)}
+    drops = {round(b[1] - a[1]) for a, b in pairwise(line)}
+    assert max(steps) - min(steps) <= 1, "sizes are linear"
+    assert max(drops) - min(drops) <= 1, "halving the divergence is one step of a logarithmic axis"
+    # 4.25 MB is half way between 4.0 (KL 0.025) and 4.5 (0.0125); KL 0.00625 is the preset of 5.0 MB
+    assert f"stands at KL {0.025 / 2**0.5:.3g}; what is shipped has {0.00625 / (0.025 / 2**0.5):.2f} of it" in page.text
+    assert "On that line this KL takes 4.77 MiB, 18% more." in page.text
+
+
+def test_a_candidate_stands_for_the_rung_of_its_name(folder: Path) -> None:
+    stock = ladder()[4] | {"kl": 0.0123, "shipped": True}
+    page = read(change(folder, candidates=[stock], ladder=ladder()))
+    assert page.count("circle", "preset") == 9
+    assert page.count("circle", "shipped") == 1
+    assert "0.0123 ± 0.0013" in page.text
+    assert "On that line" not in page.text, "a stock preset was shipped: there is nothing to compare"
+
+
+def test_a_ladder_alone_is_drawn(folder: Path) -> None:
+    page = read(change(folder, ladder=ladder()))
+    assert len(polyline(page)) == 9
+    assert page.count("span", "ring") == 0, "the legend names what is drawn"
+
+
+def test_names_are_apart_however_close_the_marks(folder: Path) -> None:
+    near = [c | {"nbytes": 4_000_000 + 40_000 * i, "kl": 0.01 + 0.0002 * i} for i, c in enumerate(ladder())]
+    page = read(change(folder, candidates=CANDIDATES, ladder=near))
+    boxes = []
+    for tag, a in page.elements:
+        if tag == "text" and "point" in (a.get("class") or "").split():
+            boxes.append((float(a["x"] or 0), float(a["y"] or 0), a.get("text-anchor")))
+    assert len(boxes) >= 10
+    for i, (x, y, anchor) in enumerate(boxes):
+        for other in boxes[:i]:
+            assert abs(y - other[1]) >= 11 or anchor != other[2] or abs(x - other[0]) > 20
+
+
+def test_one_model_has_one_line_for_all_its_artefacts(folder: Path, tmp_path: Path) -> None:
+    learned = {"tokens": 65536, "held_out": 16384, "text": "self"}
+    other = shutil.copytree(folder, tmp_path / "other")
+    smaller = [c | {"nbytes": 3_000_000, "name": "tiny"} if c["shipped"] else c for c in CANDIDATES]
+    change(folder, candidates=CANDIDATES, ladder=ladder(), calibration=learned)
+    change(other, candidates=smaller, ladder=ladder(), calibration=learned)
+
+    def drawn(*folders: Path) -> tuple[int, int]:
+        text = report.page([report.read_facts(f) for f in folders])
+        page = Page(text[: text.index("<details class=whole>")] + "</main></body></html>")
+        return page.count("polyline"), page.count("circle", "ours")
+
+    assert drawn(folder, other) == (1, 2)
+    change(other, calibration=learned | {"tokens": 99})
+    assert drawn(folder, other) == (0, 2), "divergences on other text have no common line"
+
+
+def test_answers_of_an_evaluation_come_before_those_of_the_conversion(folder: Path) -> None:
+    change(folder, flips=FLIPS)
+    artifact.keep(folder, artifact.EVALUATION, {"flips": None})
+    assert "2 of 3 greedy answers differ" in read(folder).text
+    artifact.keep(folder, artifact.EVALUATION, {"flips": {"prompts": 7, "answers": []}})
+    assert "0 of 7 greedy answers differ" in read(folder).text
+
+
+ONNX = (
+    "/model/layers.{}/attn/qkv_proj/MatMul", "model.layers.{}.mlp.down_proj.weight", "/encoder/layer.{}/output/MatMul",
+    "/transformer/h.{}/attn/c_attn/Gemm", "gpt_neox.layers.{}.mlp.dense_h_to_4h.weight",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ONNX)
+def test_the_map_of_an_onnx_graph(folder: Path, pattern: str) -> None:
+    def tensor(name: str, form: str, bits: int, rows: int = 64) -> dict[str, Any]:
+        return {"name": name, "shape": [rows, 64], "format": form, "bytes": rows * 64 * bits // 8}
+
+    tensors = [tensor(pattern.format(i), "int8 b32" if i == 1 else "int4 b32", 9 if i == 1 else 5) for i in range(3)]
+    tensors.append(tensor("/lm_head/MatMul", "int8 b32", 9, 512))
+    plan = json.loads((folder / "edgekit.json").read_text())["plan"]
+    page = read(change(folder, format="onnx", plan=plan | {"preset": "int4", "tensors": tensors}))
+    heat = [a["class"] for t, a in page.elements if t == "rect" and re.fullmatch("h[0-7]", a.get("class") or "")]
+    assert heat == ["h4", "h6", "h4"]
+    part = re.sub(r"^.*?\{\}.|[./](MatMul|Gemm|weight)$", "", pattern).replace("/", ".")
+    assert f"layer 1 {part}: int8 b32, 4.50 KiB, 9.00 bits per weight" in page.text
+    assert "lm_head int8 b32 9.00 36.0 KiB" in page.text
+
+
+def test_layers_of_two_stacks_do_not_cover_each_other(folder: Path) -> None:
+    names = [f"{stack}.block.{i}.layer.0.SelfAttention.q.weight" for stack in ("encoder", "decoder") for i in range(2)]
+    tensors = [{"name": n, "shape": [8, 8], "format": "fp32", "bytes": 256} for n in names]
+    page = read(change(folder, plan={"tensors": tensors}))
+    heat = [a for t, a in page.elements if t == "rect" and re.fullmatch("h[0-7]", a.get("class") or "")]
+    assert len(heat) == 4
+    assert "decoder.layer.0.SelfAttention.q" in page.words
 
 
 def test_changed_answers_stand_side_by_side(folder: Path) -> None:
@@ -196,7 +311,7 @@ def poisoned(value: Any) -> Any:
 
 
 def test_no_text_becomes_markup(folder: Path) -> None:
-    change(folder, candidates=CANDIDATES, flips=FLIPS)
+    change(folder, candidates=CANDIDATES, ladder=ladder(), flips=FLIPS)
     manifest = poisoned(json.loads((folder / "edgekit.json").read_text()))
     manifest["versions"] = {HOSTILE: HOSTILE}
     (folder / "edgekit.json").write_text(json.dumps(manifest))
@@ -214,7 +329,7 @@ def test_no_text_becomes_markup(folder: Path) -> None:
 
 
 def test_whatever_a_manifest_holds_gives_a_page_or_a_refusal(folder: Path) -> None:
-    change(folder, candidates=CANDIDATES, flips=FLIPS)
+    change(folder, candidates=CANDIDATES, ladder=ladder(), flips=FLIPS)
     whole = json.loads((folder / "edgekit.json").read_text())
     whole["plan"]["tensors"] = whole["plan"]["tensors"][:12]
     rng = random.Random(5)
@@ -292,7 +407,7 @@ def browse(path: Path, work: Path) -> tuple[str, str, set[str]]:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_browser_shows_it_without_an_error_or_a_request(folder: Path, tmp_path: Path) -> None:
-    change(folder, candidates=CANDIDATES, flips=FLIPS)
+    change(folder, candidates=CANDIDATES, ladder=ladder(), flips=FLIPS)
     manifest = poisoned(json.loads((folder / "edgekit.json").read_text()))
     (folder / "edgekit.json").write_text(json.dumps(manifest))
     path = report.write([folder, folder], tmp_path / "page.html")
@@ -308,3 +423,27 @@ def test_a_browser_shows_it_without_an_error_or_a_request(folder: Path, tmp_path
     assert browse(path, tmp_path / "open")[1:] == ("", set())
     path.write_text(path.read_text().replace("<footer>", '<img src="http://evil.example/a"><footer>'))
     assert browse(path, tmp_path / "loud")[2] == {"evil.example"}
+
+
+MEASURE = """<script>
+const boxes = [...document.querySelector("svg").querySelectorAll("text.point")].map(t => t.getBoundingClientRect());
+const hit = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom - 2 && b.top < a.bottom - 2;
+const frame = document.querySelector("svg").getBoundingClientRect();
+const outside = boxes.filter(b => b.left < frame.left || b.right > frame.right + 1 || b.top < frame.top).length;
+let touching = 0;
+boxes.forEach((a, i) => boxes.slice(0, i).forEach(b => { touching += hit(a, b) }));
+document.title = `${boxes.length} names, ${touching} touching, ${outside} outside`;
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_names_do_not_touch_as_a_browser_draws_them(folder: Path, tmp_path: Path) -> None:
+    near = [c | {"nbytes": c["nbytes"] // 3 + 3_200_000, "kl_stderr": 0.0} for c in ladder(13)]
+    text = report.page([report.read_facts(change(folder, candidates=CANDIDATES, ladder=near))])
+    path = tmp_path / "measured.html"
+    path.write_text(re.sub(r"<meta http-equiv[^>]+>", "", text).replace("</body>", MEASURE + "</body>"))
+    shown = browse(path, tmp_path / "browser")[0]
+    found = re.search("<title>([^<]+)</title>", shown)
+    assert found is not None
+    assert found[1] == "17 names, 0 touching, 0 outside"

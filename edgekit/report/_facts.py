@@ -38,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor in the file. `layer` None: it belongs to none; `part` is its name without layer and `.weight`."""
+    """A tensor in the file. `layer` None: it belongs to none; `part` is its name without the layer."""
 
     part: str
     layer: int | None
@@ -89,6 +89,7 @@ class Facts:
     why: str
     architecture: str
     source: str
+    digest: str
     parameters: float | None
     file_bytes: float | None
     bits_per_weight: float | None
@@ -104,6 +105,7 @@ class Facts:
     warnings: tuple[str, ...]
     speeds: tuple[Speed, ...]
     candidates: tuple[Candidate, ...]
+    ladder: tuple[Candidate, ...]
     doubt: float | None
     learned: str
     figures: Mapping[str, Figure]
@@ -122,6 +124,12 @@ class Facts:
     @property
     def memory_total(self) -> float:
         return sum(n for _, n in self.memory)
+
+    @property
+    def measured(self) -> tuple[Candidate, ...]:
+        """All that was measured on one text: the candidates, and the stock presets at other sizes."""
+        names = {c.name for c in self.candidates}
+        return (*self.candidates, *(c for c in self.ladder if c.name not in names))
 
     @property
     def kl(self) -> Figure | None:
@@ -150,6 +158,7 @@ def read_facts(folder: Path) -> Facts:
         why=text(at(m, "plan", "why")),
         architecture=text(at(m, "plan", "architecture")),
         source=text(at(m, "source", "ref")),
+        digest=text(at(m, "source", "digest")),
         parameters=positive(at(m, "plan", "parameters")),
         file_bytes=positive(at(m, "plan", "file_bytes")),
         bits_per_weight=positive(at(m, "plan", "bits_per_weight")),
@@ -167,6 +176,7 @@ def read_facts(folder: Path) -> Facts:
         warnings=tuple(text(w) for w in rows(at(m, "warnings"), MOST_ROWS) if text(w)),
         speeds=tuple(_speeds(bench)),
         candidates=tuple(_candidates(at(m, "candidates"))),
+        ladder=tuple(_candidates(at(m, "ladder"))),
         doubt=number(at(m, "doubt")),
         learned=_learned(at(m, "calibration")),
         figures=figures,
@@ -333,21 +343,33 @@ def _answers(value: Any) -> Iterator[Answer]:
             yield Answer(text(at(row, "prompt")), parting, text(at(row, "reference")), text(at(row, "candidate")))
 
 
-_LAYER = re.compile(r"blk\.(\d{1,4})\.(.+)")
+_LAYER = re.compile(r"(?P<stack>.*?)\b(?:blk|layers?|h|blocks?)\.(?P<layer>\d{1,4})\.(?P<part>.+)")
+_KIND = re.compile(r"(\.(weight|MatMul|Gemm|Gather|MatMulNBits))+(_\d+)?$")
+
+
+def _place(name: str) -> tuple[str, int | None, str]:
+    """(what the layers stand in, layer, part) of a tensor of a GGUF, of a weight, or of a node of an ONNX graph:
+    `blk.0.attn_q.weight`, `model.layers.0.self_attn.q_proj.weight`, `/model/layers.0/attn/qkv_proj/MatMul`."""
+    dotted = name.replace("/", ".").strip(".")
+    found = _LAYER.fullmatch(dotted)
+    if found is None:
+        return "", None, _KIND.sub("", dotted)
+    return found["stack"].strip("."), int(found["layer"]), _KIND.sub("", found["part"])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    for row in rows(value, MOST_TENSORS):
+    """Where layers stand in more than one place (an encoder and a decoder), the place is part of the name."""
+    listed = rows(value, MOST_TENSORS)
+    places = [_place(text(at(row, "name"))) for row in listed]
+    several = len({stack for stack, layer, _ in places if layer is not None}) > 1
+    for row, (stack, layer, part) in zip(listed, places, strict=True):
         shape = [number(n) or 0 for n in rows(at(row, "shape"), 8)]
-        nbytes, name = positive(at(row, "bytes")), text(at(row, "name"))
+        nbytes = positive(at(row, "bytes"))
         weights = math.prod(shape) if shape else 0
         if not nbytes or weights < 1:
             continue
-        layer = _LAYER.fullmatch(name)
-        part = (layer[2] if layer else name).removesuffix(".weight")
-        yield Tensor(
-            part, int(layer[1]) if layer else None, text(at(row, "format")), 8 * nbytes / weights, nbytes, len(shape)
-        )
+        shown = f"{stack}.{part}" if several and stack and layer is not None else part
+        yield Tensor(shown, layer, text(at(row, "format")), 8 * nbytes / weights, nbytes, len(shape))
 
 
 def _versions(m: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from edgekit.report._charts import Cell, Lane, Point, bar, heat_map, lanes, rate, scatter, step
-from edgekit.report._facts import Answer, Facts, Figure, Tensor
+from edgekit.report._charts import Cell, Lane, bar, heat_map, lanes, rate, step
+from edgekit.report._facts import Answer, Candidate, Facts, Figure, Tensor
+from edgekit.report._scatter import Point, best_presets, read_line, scatter
 from edgekit.report._style import STYLE
 from edgekit.units import show_bytes, show_count
 
@@ -43,11 +44,7 @@ def page(found: Sequence[Facts]) -> str:
 
 
 def _several(found: Sequence[Facts]) -> str:
-    points = [
-        Point(_label(f, found), "ours", f.file_bytes, f.kl.value, f.kl.stderr or 0.0)
-        for f in found
-        if f.file_bytes is not None and f.kl is not None
-    ]
+    points, note = _points(found)
     parts = [f"<header><h1>{len(found)} artefacts side by side</h1></header>"]
     head = ("artefact", "device", "preset", "size", "bits", "memory", "decode", "KL")
     rows = [
@@ -59,11 +56,34 @@ def _several(found: Sequence[Facts]) -> str:
     ]  # fmt: skip
     parts.append(_section("Comparison", _table(head, rows, numbers=range(3, 8))))
     plot = scatter(points)
-    note = "Divergences are comparable only where model, text and reference are the same."
-    parts.append(_section("Size against KL divergence", _scroll(plot) + _note(note) if plot else _note(_NO_DIVERGENCE)))
+    legend = _legend(_kinds(points)) if any(p.kind == "preset" for p in points) else ""
+    body = _scroll(plot) + legend + _note(note) if plot else _note(_NO_DIVERGENCE)
+    parts.append(_section(_SIZE, body))
     return "".join(parts)
 
 
+def _points(found: Sequence[Facts]) -> tuple[list[Point], str]:
+    """What to draw of several artefacts. Where all come from one model and were chosen on one text, the figures of that
+    choice, which share a scale with the stock presets; else the best known figure of each."""
+    shipped = [next((c for c in f.candidates if c.shipped), None) for f in found]
+    if len({(f.digest, f.learned) for f in found}) == 1 and found[0].digest and all(shipped):
+        points = [_point(c, _label(f, found), "ours") for f, c in zip(found, shipped, strict=True) if c]
+        stock = {c.name: c for f in found for c in f.measured if c.kind == "preset" and not c.shipped}
+        return [*points, *(_point(c) for c in stock.values())], f"One model, {found[0].learned or 'one text'}."
+    known = [(f, f.file_bytes, f.kl) for f in found]
+    points = [
+        Point(_label(f, found), "ours", nbytes, kl.value, kl.stderr or 0.0)
+        for f, nbytes, kl in known
+        if nbytes is not None and kl is not None
+    ]
+    return points, "Divergences are comparable only where model, text and reference are the same."
+
+
+def _point(c: Candidate, name: str = "", kind: str = "") -> Point:
+    return Point(name or c.name, kind or c.kind, c.nbytes, c.kl, c.stderr, c.shipped and not name)
+
+
+_SIZE = "Size against KL divergence"
 _NO_DIVERGENCE = (
     "No divergence was measured: convert with --verify full, or run edgekit eval with --keep, and write the page again."
 )
@@ -178,24 +198,43 @@ def _quality(f: Facts) -> str:
 
 
 def _candidates(f: Facts) -> str:
-    title = "Size against KL divergence"
-    if not f.candidates:
+    if not f.measured:
         return _section(
-            title, _note("No comparison was made: candidates are measured where text is given to learn from.")
+            _SIZE, _note("No comparison was made: candidates are measured where text is given to learn from.")
         )
-    points = [Point(c.name, c.kind, c.nbytes, c.kl, c.stderr, c.shipped) for c in f.candidates]
-    legend = _legend(
-        [("dot preset", "preset"), ("dot ours", "edgekit"), ("dot random", "random allocation"), ("ring", "shipped")]
-    )
+    points = [_point(c) for c in f.measured]
     rows = [
         (c.name, c.kind, show_bytes(c.nbytes), _error(Figure(c.kl, c.stderr), ".4f"), "shipped" if c.shipped else "")
-        for c in sorted(f.candidates, key=lambda c: (c.nbytes, c.kl))
+        for c in sorted(f.measured, key=lambda c: (c.nbytes, c.kl))
     ]
     table = _table(("candidate", "kind", "size", "mean KL", ""), rows, numbers=(2, 3))
-    parts = [_scroll(scatter(points)), legend, table]
+    parts = [_scroll(scatter(points)), _legend(_kinds(points)), _note(" ".join(_reading(points))), table]
     if f.doubt is not None:
         parts.append(_note(f"Chance that the one shipped is no better than the stock preset: {f.doubt:.2%}."))
-    return _section(title, "".join(parts), f.learned or "lower and further left is better")
+    return _section(_SIZE, "".join(parts), f.learned or "lower and further left is better")
+
+
+def _kinds(points: Sequence[Point]) -> list[tuple[str, str]]:
+    """The legend of the marks that are there."""
+    kinds = {p.kind if p.kind in ("preset", "random") else "ours" for p in points if p.kl > 0}
+    stock = "stock presets; the line joins the best" if len(best_presets(points)) > 1 else "stock preset"
+    names = (("preset", stock), ("ours", "edgekit"), ("random", "random allocation"))
+    ring = [("ring", "shipped")] if any(p.strong and p.kl > 0 for p in points) else []
+    return [(f"dot {kind}", name) for kind, name in names if kind in kinds] + ring
+
+
+def _reading(points: Sequence[Point]) -> Iterator[str]:
+    """What the line of stock presets would give instead of what was shipped; nothing where it does not reach."""
+    own = next((p for p in points if p.strong and p.kl > 0 and p.kind != "preset"), None)
+    if own is None:
+        return
+    kl, nbytes = read_line(best_presets(points), own.nbytes, own.kl)
+    if kl is not None:
+        share = f"{own.kl / kl:.2f} of it"
+        yield f"At this size the line through the stock presets stands at KL {kl:.3g}; what is shipped has {share}."
+    if nbytes is not None:
+        more = nbytes / own.nbytes - 1
+        yield f"On that line this KL takes {show_bytes(nbytes)}, {abs(more):.0%} {'more' if more >= 0 else 'less'}."
 
 
 def _memory(f: Facts) -> str:
@@ -253,7 +292,8 @@ def _bits(f: Facts) -> str:
     if not matrices:
         return ""
     inside = [t for t in matrices if t.layer is not None and t.layer < _MOST_LAYERS]
-    parts = sorted({t.part for t in inside}, key=_rank)[:_MOST_PARTS]
+    seen = dict.fromkeys(t.part for t in inside)
+    parts = sorted(seen, key=lambda part: _ORDER.index(part) if part in _ORDER else len(_ORDER))[:_MOST_PARTS]
     cells = {(part, layer): cell for part, layer, cell in _cells(inside, set(parts))}
     formats: dict[str, float] = {}
     for t in matrices:
@@ -267,10 +307,6 @@ def _bits(f: Facts) -> str:
     if vectors:
         body += _note(f"Norms and biases are vectors, {show_bytes(vectors)} in all, and not shown.")
     return _section("Bits per weight", body, f"{f.preset}: {f.why}" if f.why else f.preset)
-
-
-def _rank(part: str) -> tuple[int, str]:
-    return (_ORDER.index(part) if part in _ORDER else len(_ORDER), part)
 
 
 def _cells(tensors: Sequence[Tensor], parts: set[str]) -> Iterator[tuple[str, int, Cell]]:
@@ -343,7 +379,7 @@ def _scroll(inside: str) -> str:
 
 
 def _note(text: str) -> str:
-    return f"<p class=note>{escape(text)}</p>"
+    return f"<p class=note>{escape(text)}</p>" if text else ""
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> str:

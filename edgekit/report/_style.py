@@ -51,7 +51,7 @@ tr:last-child td{border-bottom:0}
 .legend li{display:flex;align-items:center;gap:.45rem}
 .key{width:14px;height:14px;border-radius:3px;border:1px solid var(--line)}
 .dot{width:12px;height:12px;border-radius:50%}
-.dot.preset{border:2px solid var(--preset)}
+.dot.preset{border:2px solid var(--preset);background:var(--card)}
 .dot.ours{background:var(--accent)}
 .dot.random{border-radius:0;background:linear-gradient(45deg,#0000 42%,var(--random) 42% 58%,#0000 58%),
 linear-gradient(-45deg,#0000 42%,var(--random) 42% 58%,#0000 58%)}
@@ -62,9 +62,12 @@ svg text{fill:var(--ink)}
 svg .tick{fill:var(--dim);font-size:11.5px;font-variant-numeric:tabular-nums}
 svg .name{fill:var(--dim)}
 svg .strong{font-weight:700}
+svg .point{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+.presets{fill:none;stroke:var(--preset);stroke-width:1.5;stroke-dasharray:5 4}
+.leader{stroke:var(--dim);stroke-width:.8}
 .axis{stroke:var(--dim)}
 .grid{stroke:var(--line)}
-.error{stroke-width:2}
+.error{stroke-width:1.5;fill:none}
 .error.preset{stroke:var(--preset)}.error.ours{stroke:var(--accent)}.error.random{stroke:var(--random)}
 .mark{stroke-width:2;fill:var(--card)}
 .mark.preset{stroke:var(--preset)}
