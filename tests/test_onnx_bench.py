@@ -1,0 +1,200 @@
+"""Benchmarks of ONNX graphs: a decoder that onnxruntime-genai's own builder made, encoders made by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekit import benchmark
+from edgekit.benchmark import BenchResult, bench
+from edgekit.benchmark._graph import weights_of
+from edgekit.errors import CorruptCheckpoint, EdgekitError, RuntimeFailed
+from edgekit.onnx_file import open_onnx
+from tests import pico
+from tests.test_benchmark import LLAMA_BENCH_KEYS
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxruntime_genai", "torch")),
+    reason="onnx, onnxruntime-genai or torch is not installed",
+)
+
+BUILD = """
+import sys
+import onnxruntime_genai.models
+from onnxruntime_genai.models.builder import create_model, parse_extra_options
+source, folder, precision, cache = sys.argv[1:]
+options = parse_extra_options(None, source, folder, precision, "cpu", cache, [])
+create_model(None, source, folder, precision, "cpu", cache, **options)
+"""
+"""genai's own builder: adds a folder to sys.path, talks, and loads torch, so it runs in a child."""
+
+HIDDEN, LAYERS, VOCAB, FFN, KV = 256, 2, 512, 512, 128
+MATRICES = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV + 3 * HIDDEN * FFN)
+NORMS = (2 * LAYERS + 1) * HIDDEN
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int8 by genai's own defaults: the embedding stays in float32."""
+    root = tmp_path_factory.mktemp("genai")
+    model = pico.llama(root / "pico", hidden=HIDDEN, layers=LAYERS, vocab=VOCAB, ffn=FFN, context=256)
+    environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", BUILD, str(model), str(root / "int8"), "int8", str(root / "cache")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return root / "int8"
+
+
+@pytest.fixture(scope="module")
+def result(built: Path) -> BenchResult:
+    return bench(built / "model.onnx", prompt=(32, 8), generate=4, repetitions=3, threads=1)
+
+
+def encoder(folder: Path, *, vocab: int = 100, hidden: int = 32, extra: str = "") -> Path:
+    """ids -> rows of a table -> a matrix product, with the inputs of a BERT."""
+    from onnx import TensorProto, helper, numpy_helper, save_model
+
+    rng = np.random.default_rng(0)
+    names = ["input_ids", "attention_mask", *([extra] if extra else [])]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"]) for n in names]
+    output = helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["batch", "sequence", hidden])
+    weights = [
+        numpy_helper.from_array(rng.standard_normal((vocab, hidden)).astype(np.float32), "table"),
+        numpy_helper.from_array(rng.standard_normal((hidden, hidden)).astype(np.float32), "matrix"),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "matrix"], ["last_hidden_state"]),
+    ]
+    graph = helper.make_graph(nodes, "encoder", inputs, [output], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (folder / "onnx").mkdir(parents=True)
+    save_model(model, folder / "onnx" / "model_quantized.onnx")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": vocab}))
+    return folder / "onnx" / "model_quantized.onnx"
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_comparable_with_those_of_a_gguf(result: BenchResult, built: Path) -> None:
+    rows = benchmark.as_json(result)
+    assert [list(row)[: len(LLAMA_BENCH_KEYS)] for row in rows] == [LLAMA_BENCH_KEYS] * 3
+    assert [t.name for t in result.tests] == ["pp32", "pp8", "tg4"]
+    assert all(len(r["samples_ns"]) == 3 and min(r["samples_ns"]) > 0 for r in rows)
+    first = rows[0]
+    assert (first["engine"], first["backends"], first["n_threads"]) == ("onnxruntime", "onnxruntime", 1)
+    assert first["model_filename"] == str(built / "model.onnx")
+    assert "onnxruntime-genai" in first["runtime"] and first["build_commit"] in first["runtime"]
+    assert first["type_k"] == "f32", "the builder's cache on a CPU"
+    assert first["n_ubatch"] is None and first["n_batch"] is None and first["flash_attn"] is None
+    assert "f16" not in benchmark.markdown(result) and "onnxruntime" in benchmark.markdown(result)
+    table = list(csv.DictReader(io.StringIO(benchmark.as_csv(result))))
+    assert float(table[2]["avg_ts"]) == rows[2]["avg_ts"] and table[2]["n_batch"] == ""
+
+
+def test_time_memory_and_first_token(result: BenchResult) -> None:
+    prefill, decode = result.prefill, result.decode
+    assert prefill is not None and decode is not None
+    assert prefill.ttft_ms is not None and prefill.ttft_ms >= min(prefill.samples_ns) / 1e6
+    assert decode.ttft_ms is None
+    assert result.load_ms > 0
+    assert result.peak_rss_bytes > result.baseline_rss_bytes > 10 << 20
+    assert result.achieved_gbs(decode) == pytest.approx(result.bytes_per_token * decode.avg_ts / 1e9)
+
+
+def test_weights_are_counted_as_the_checkpoint_has_them(result: BenchResult, built: Path) -> None:
+    assert result.model_n_params == MATRICES + NORMS + 2 * VOCAB * HIDDEN
+    assert result.model_type.startswith("llama ") and result.model_type.endswith("int8 b32")
+    # 8 bits and a float32 scale for every 32 weights; the table of embeddings is looked up, not read
+    packed = (MATRICES + VOCAB * HIDDEN) * 9 // 8
+    file = open_onnx(built / "model.onnx")
+    small = sum(t.nbytes for t in file.initializers.values() if t.dtype not in ("uint8", "float32"))
+    assert packed + 4 * NORMS <= result.bytes_per_token <= packed + 4 * NORMS + small + 64
+    assert result.model_size == sum(t.nbytes for t in file.initializers.values())
+
+
+def test_behind_a_depth_in_this_process(built: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    found = bench(
+        built / "model.onnx", prompt=0, generate=3, depth=40, repetitions=2, threads=1, isolate=False,
+        progress=lambda *step: steps.append(step),
+    )  # fmt: skip
+    assert [(t.name, len(t.samples_ns)) for t in found.tests] == [("tg3 @ d40", 2)]
+    assert steps == [("bench", i + 1, 3) for i in range(3)]
+
+
+def test_more_threads_are_what_was_asked_for(built: Path) -> None:
+    found = bench(built / "model.onnx", prompt=4, generate=0, repetitions=1, threads=2, isolate=False)
+    assert benchmark.as_json(found)[0]["n_threads"] == 2
+
+
+# --- encoders --------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_measured_in_texts(tmp_path: Path) -> None:
+    path = encoder(tmp_path)
+    found = bench(path, repetitions=2, threads=1)
+    assert [t.name for t in found.tests] == ["1x16", "1x128", "8x128"]
+    row = benchmark.as_json(found)[2]
+    assert (row["n_texts"], row["n_prompt"], row["n_gen"], row["embeddings"]) == (8, 128, 0, True)
+    assert row["texts_per_s"] * 128 == pytest.approx(row["avg_ts"], rel=1e-6)
+    assert found.model_type.startswith("bert ")
+    assert (found.model_n_params, found.bytes_per_token) == (100 * 32 + 32 * 32, 4 * 32 * 32)
+    chosen = bench(path, prompt=(8, 16), texts=3, repetitions=1, threads=1, isolate=False)
+    assert [t.name for t in chosen.tests] == ["3x8", "3x16"]
+
+
+def test_a_graph_with_int8_and_scales_is_counted_right(tmp_path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    path = encoder(tmp_path)
+    quantize_dynamic(path, tmp_path / "q.onnx", weight_type=QuantType.QInt8, per_channel=True)
+    found = weights_of(open_onnx(tmp_path / "q.onnx"))
+    assert found.parameters == pytest.approx(100 * 32 + 32 * 32, abs=2 * 132)  # scales a row at the most
+    assert found.format == "int8"
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_graph_cannot_be_asked_is_refused(built: Path, tmp_path: Path) -> None:
+    graph = built / "model.onnx"
+    with pytest.raises(RuntimeFailed, match="do not fit in the 256"):
+        bench(graph, prompt=300, generate=0, isolate=False)
+    with pytest.raises(EdgekitError, match="one text at a time"):
+        bench(graph, texts=2, isolate=False)
+    path = encoder(tmp_path / "a")
+    with pytest.raises(EdgekitError, match="it generates nothing"):
+        bench(path, generate=4, isolate=False)
+    with pytest.raises(EdgekitError, match="pixel_values"):
+        bench(encoder(tmp_path / "b", extra="pixel_values"), isolate=False)
+    with pytest.raises(EdgekitError, match="0 threads"):
+        bench(path, threads=0)
+
+
+def test_damage_is_named_across_processes(built: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("model.onnx", "genai_config.json"):
+        (folder / name).write_bytes((built / name).read_bytes())
+    with pytest.raises(CorruptCheckpoint, match=r"model\.onnx\.data"):
+        bench(folder / "model.onnx", repetitions=1)
+    (folder / "model.onnx.data").write_bytes((built / "model.onnx.data").read_bytes()[:-4096])
+    with pytest.raises(CorruptCheckpoint, match=r"model\.onnx\.data"):
+        bench(folder / "model.onnx", repetitions=1)
+    (folder / "model.onnx.data").write_bytes((built / "model.onnx.data").read_bytes())
+    (folder / "genai_config.json").write_text("[]")
+    with pytest.raises(CorruptCheckpoint, match=r"genai_config\.json"):
+        bench(folder / "model.onnx", repetitions=1)
+    with pytest.raises(CorruptCheckpoint, match=r"none\.onnx"):
+        bench(tmp_path / "none.onnx")
