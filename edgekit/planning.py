@@ -108,6 +108,10 @@ class Plan:
     why: str
 
     @property
+    def label(self) -> str:
+        return self.preset.name
+
+    @property
     def arch(self) -> str:
         return self.blueprint.arch
 

@@ -36,7 +36,7 @@ class Export(Strict):
     `calibration`: `none`, `self` (text the model writes), or a file of text or of an importance matrix.
     """
 
-    format: Literal["gguf", "onnx"] = "gguf"
+    format: Literal["gguf", "onnx", "auto"] = "gguf"
     quant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=20)] = "auto"
     candidates: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=20)], ...] = ()
     prefer: Literal["quality", "speed", "size"] = "quality"

@@ -23,7 +23,7 @@ from edgekit.planning import plan as decide
 from edgekit.quant import presets
 from edgekit.recipe import Recipe
 from edgekit.target import Target
-from edgekit.units import Progress, silent
+from edgekit.units import Progress
 
 if TYPE_CHECKING:  # a plan needs neither the runtime nor what measures with it
     from edgekit.tuning import Outcome
@@ -55,14 +55,12 @@ def plan_source(
     export = Recipe.load(options.recipe).export
     budget = size_budget(source, options)
     ladder = presets.LADDER if importance else presets.PLAIN_LADDER
-    if export.format != "gguf":
-        raise UnsupportedModel(f"recipe {options.recipe} writes {export.format}", "edgekit recipes list")
     return decide(
         source.blueprint,
         source.metadata,
         target,
-        quant=options.quant or export.quant,
-        candidates=ladder if budget else export.candidates or ladder,
+        quant=options.quant or (export.quant if export.format == "gguf" else "auto"),
+        candidates=ladder if budget or export.format == "onnx" else export.candidates or ladder,
         context=options.context or export.ctx_size,
         kv_type=options.kv or export.kv,
         prefer=options.prefer or export.prefer,
@@ -84,19 +82,12 @@ def plan_all(source: Source, options: Options = Options()) -> Iterable[tuple[Tar
 
 
 def convert(
-    model: str | Path,
-    target: str = "host",
-    options: Options = Options(),
-    *,
-    dry_run: bool = False,
-    progress: Progress = silent,
+    model: str | Path, device: Target, recipe: Recipe, options: Options, *, dry_run: bool, progress: Progress
 ) -> Conversion:
-    """Make the artefact for `target`. Every decision is made, and every refusal given, before a weight is read.
+    """Make the artefact for `device`. Every decision is made, and every refusal given, before a weight is read.
 
     Raises DoesNotFit (exit 3), VerificationFailed (exit 4, nothing sealed) and the other EdgekitErrors (exit 1).
     """
-    device = Target.load(target)
-    recipe = Recipe.load(options.recipe)
     source = open_source(model, name=options.name, progress=progress)
     wanted = options.calibration or recipe.export.calibration
     if wanted == "none" and options.calibration is None and size_budget(source, options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,10 +61,10 @@ def public_ref(checkpoint: Checkpoint) -> str:
     return Path(checkpoint.ref).name if Path(checkpoint.ref).exists() else checkpoint.ref
 
 
-def versions() -> dict[str, str]:
-    """Versions of what took part."""
+def versions(more: Sequence[str] = ("llama-cpp-python",)) -> dict[str, str]:
+    """Versions of what took part: always edgekit, tokenizers and numpy, and `more`."""
     found = {"python": sys.version.split()[0], "platform": platform.platform()}
-    for package in ("edgekit", "llama-cpp-python", "tokenizers", "numpy"):
+    for package in ("edgekit", *more, "tokenizers", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -21,6 +21,7 @@ class Options:
     """What a user may ask of `convert` and `plan` beside model and target. None = the recipe decides."""
 
     recipe: str = "default"
+    format: str | None = None
     quant: str | None = None
     context: int | None = None
     kv: str | None = None
@@ -35,6 +36,7 @@ class Options:
     force: bool = False
     threads: int | None = None
     effort: str = "normal"
+    task: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgekit.checkpoint import Checkpoint
+from edgekit.onnx_planning import OnnxPlan
 from edgekit.planning import Plan
 from edgekit.target import Target
 from edgekit.units import show_bytes, show_count
@@ -42,13 +43,41 @@ def write(
     return "\n".join(lines) + "\n"
 
 
-def _speed(decided: Plan) -> str:
+def write_onnx(checkpoint: Checkpoint, decided: OnnxPlan, target: Target, checks: Mapping[str, str]) -> str:
+    """The same for an ONNX artefact."""
+    name, variant = checkpoint.name, decided.variant
+    lines = [*_front_matter(checkpoint, "onnx"), "", f"# {name}, ONNX {variant.name}, for {target.title}", ""]
+    lines += [
+        f"{show_bytes(decided.file_bytes)}, {show_count(decided.parameters)} parameters at "
+        f"{decided.bits_per_weight:.2f} bits per weight ({variant.title}). Task: {decided.task}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| memory at {decided.context} tokens | {show_bytes(decided.memory.total)} |",
+    ]
+    if decided.shape.causal:
+        lines.append(f"| speed on {target.title} | {_speed(decided)} |")
+    lines += [f"| {check} | {detail} |" for check, detail in checks.items()]
+    lines += ["", "## Use", "```python"]
+    if decided.shape.causal:
+        lines += ["import os; os.environ['ORT_DISABLE_TELEMETRY'] = '1'", "import onnxruntime_genai as og"]
+        lines += [
+            "model = og.Model('.')",
+            "# tokenise with tokenizers.Tokenizer.from_file('tokenizer.json')",
+        ]
+    else:
+        lines += ["import edgekit", f"vectors = edgekit.load({name!r}).embed(['A sentence.'])"]
+    lines += ["```", "", "Everything that was decided and checked is in `edgekit.json`."]
+    return "\n".join(lines) + "\n"
+
+
+def _speed(decided: Plan | OnnxPlan) -> str:
     speed = decided.forecast.decode_tok_s
     return f"about {speed:.3g} tokens/s (forecast, ±{decided.forecast.band_pct:.0f} %)" if speed else "no forecast"
 
 
-def _front_matter(checkpoint: Checkpoint) -> list[str]:
-    fields: dict[str, Any] = {"library_name": "gguf", "tags": ["gguf", "edgekit"]}
+def _front_matter(checkpoint: Checkpoint, kind: str = "gguf") -> list[str]:
+    fields: dict[str, Any] = {"library_name": kind, "tags": [kind, "edgekit"]}
     for key in ("license", "license_name", "language", "base_model"):
         if value := checkpoint.card.get(key):
             fields[key] = value

@@ -1,0 +1,490 @@
+"""Decide, before a weight is read, what an ONNX artefact holds, how big it is, and what building and running it take.
+
+Pure: takes an opened checkpoint's headers and config, gives frozen values; knows no exporter and no runtime.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal
+
+from edgekit.checkpoint import Checkpoint
+from edgekit.errors import DoesNotFit, EdgekitError, UnknownName
+from edgekit.forecast import Forecast, Workload, forecast
+from edgekit.planning import COMFORTABLE, Memory
+from edgekit.quant.nbits import NBits
+from edgekit.target import Target
+from edgekit.units import show_bytes
+
+GENERATION = "text-generation"
+Kind = Literal["nbits", "dynamic", "static"]
+Place = Literal["linear", "head", "embedding", "table", "rope", "plain"]
+
+RUNTIME_OVERHEAD = 110 << 20
+"""Resident bytes of Python, onnxruntime and onnxruntime-genai beside weights, KV cache and buffers (docs/onnx.md)."""
+
+_HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|decoder)\.weight$")
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|embeddings)\.weight$")
+_TABLES = re.compile(r"(^|\.)\w*(position|token_type)\w*_embeddings?\.weight$|(^|\.)wpe\.weight$")
+_UNUSED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias)$")
+_PRETRAINING = re.compile(r"(^|\.)(pooler|cls|lm_head|mlm|vocab_\w+|discriminator_predictions|decoder|head)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to store the weights. `mixed`: of 4-bit matrices the sensitive ones keep 8 bits."""
+
+    name: str
+    kind: Kind
+    title: str
+    linear: NBits
+    head: NBits
+    embedding: NBits | None
+    mixed: bool = False
+
+
+def _decoder(name: str, title: str, linear: NBits, *, mixed: bool = False) -> Variant:
+    eight = NBits(8, linear.block, symmetric=True)
+    return Variant(name, "nbits", title, linear, eight, eight, mixed)
+
+
+_INT8, _INT8_WIDE = NBits(8, 32, symmetric=True), NBits(8, 128, symmetric=True)
+
+DECODERS: Mapping[str, Variant] = {
+    v.name: v
+    for v in (
+        _decoder("int8", "8 bits, a scale for every 32 weights", _INT8),
+        _decoder("int8-b128", "8 bits, a scale for every 128 weights", _INT8_WIDE),
+        _decoder("int4", "4 bits, the sensitive matrices 8, blocks of 32", NBits(4, 32, symmetric=False), mixed=True),
+        _decoder("int4-b32", "4 bits, blocks of 32", NBits(4, 32, symmetric=False)),
+        _decoder("int4-b128", "4 bits, blocks of 128", NBits(4, 128, symmetric=False)),
+    )
+}
+"""Best quality first."""
+
+ENCODERS: Mapping[str, Variant] = {
+    v.name: v
+    for v in (
+        Variant("int8", "nbits", "8-bit weights in blocks of 32, arithmetic in 8 bits", _INT8, _INT8, _INT8),
+        Variant(
+            "int8-dynamic", "dynamic", "8-bit weights a channel, activations scaled as they come", _INT8, _INT8, _INT8
+        ),
+        Variant("int8-static", "static", "8-bit weights and activations with fixed scales", _INT8, _INT8, _INT8),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One weight of the checkpoint as the artefact holds it. `format`: `int8 b32`, `int4 b32`, `fp32` ..."""
+
+    name: str
+    shape: tuple[int, ...]
+    place: Place
+    format: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What running needs to know of a model beside its weights. Widths in values; `window` None = full attention."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    window: int | None = None
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class OnnxPlan:
+    """Everything that is decided about one ONNX artefact for one target.
+
+    `data_bytes` is exact; `file_bytes` adds the graphs, reckoned from what they are for models of this depth.
+    `build_bytes`: RAM that exporting and quantizing take on this machine.
+    """
+
+    family: str
+    task: str
+    variant: Variant
+    target: str
+    stored: tuple[Stored, ...]
+    shape: Shape
+    data_bytes: int
+    graph_bytes: int
+    build_bytes: int
+    context: int
+    memory: Memory
+    forecast: Forecast
+    why: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.variant.name
+
+    @property
+    def file_bytes(self) -> int:
+        return self.data_bytes + self.graph_bytes
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(s.shape) for s in self.stored if s.place != "rope")
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.data_bytes / max(1, self.parameters)
+
+    @property
+    def bytes_by_format(self) -> dict[str, int]:
+        """Largest first."""
+        count: Counter[str] = Counter()
+        for s in self.stored:
+            count[s.format] += s.nbytes
+        return dict(count.most_common())
+
+
+# --- what the checkpoint says ----------------------------------------------------------------------------------------
+
+
+def shape_of(config: Mapping[str, Any], *, causal: bool) -> Shape:
+    """Widths and depths out of a Hugging Face config. Raises EdgekitError for one that leaves them out."""
+
+    def number(*names: str, default: int | None = None) -> int:
+        for name in names:
+            value = config.get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        if default is None:
+            raise EdgekitError(f"config.json has no {names[0]}", "is this the model's own config.json?")
+        return default
+
+    hidden = number("hidden_size", "n_embd", "d_model", "dim")
+    heads = number("num_attention_heads", "n_head", "n_heads", "num_heads", default=1)
+    kept = config.get("layer_types")
+    slides = isinstance(kept, list) and "full_attention" not in kept and config.get("sliding_window")
+    return Shape(
+        layers=number("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        hidden=hidden,
+        ffn=number("intermediate_size", "n_inner", "hidden_dim", "d_ff", default=4 * hidden),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", default=heads),
+        head_dim=number("head_dim", default=hidden // heads),
+        vocab=number("vocab_size"),
+        context=number("max_position_embeddings", "n_positions", "n_ctx", default=512),
+        window=int(slides) if slides else None,
+        causal=causal,
+    )
+
+
+def place_of(name: str, shape: Sequence[int], *, tied: bool) -> Place:
+    """What a tensor of the checkpoint becomes, by its name and shape."""
+    if len(shape) < 2:
+        return "plain"
+    if _TABLES.search(name):
+        return "table"
+    if _EMBEDDINGS.search(name):
+        return "head" if tied else "embedding"
+    return "head" if _HEADS.search(name) else "linear"
+
+
+def stored_weights(checkpoint: Checkpoint, variant: Variant, shape: Shape) -> tuple[Stored, ...]:
+    """Every weight that reaches the artefact, in the format that `variant` gives it."""
+    tied = shape.causal and _is_tied(checkpoint)
+    found = []
+    for name, ref in checkpoint.tensors.items():
+        if _UNUSED.search(name) or (not shape.causal and _PRETRAINING.search(name)):
+            continue
+        place = place_of(name, ref.shape, tied=tied)
+        if tied and place == "head" and _HEADS.search(name):
+            continue  # the same matrix a second time
+        found.append(_stored(name, ref.shape, place, variant, shape))
+    return tuple(found)
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    if checkpoint.config.get("tie_word_embeddings") is True:
+        return True
+    return not any(_HEADS.search(name) for name in checkpoint.tensors)
+
+
+def _stored(name: str, dims: Sequence[int], place: Place, variant: Variant, shape: Shape) -> Stored:
+    fmt = _format_of(name, place, variant, shape.layers)
+    if fmt is None or len(dims) != 2:
+        return Stored(name, tuple(dims), place, "fp32", 4 * prod(dims))
+    rows, cols = dims
+    if variant.kind != "nbits":  # one byte a weight, a scale and a zero point for each output channel
+        return Stored(name, tuple(dims), place, "int8", rows * cols + 5 * rows)
+    fitted = fmt.fitted(cols)
+    return Stored(name, tuple(dims), place, label(fitted), fitted.nbytes(rows, cols))
+
+
+def label(fmt: NBits) -> str:
+    """`int8 b32`; `int4 b32 asym` where every block has a zero point."""
+    return f"int{fmt.bits} b{fmt.block}{'' if fmt.symmetric else ' asym'}"
+
+
+def _format_of(name: str, place: Place, variant: Variant, layers: int) -> NBits | None:
+    if place in ("plain", "table", "rope"):
+        return None
+    if place == "head":
+        return variant.head
+    if place == "embedding":
+        return variant.embedding
+    return replace(variant.linear, bits=8) if variant.mixed and is_sensitive(name, layers) else variant.linear
+
+
+def is_sensitive(name: str, layers: int) -> bool:
+    """Whether a mixed variant gives this matrix 8 bits: values and the way down, in the outer and every third layer.
+
+    The rule that llama.cpp's Q4_K_M made usual. `name` is a checkpoint's (`model.layers.3.mlp.down_proj.weight`) or a
+    graph node's (`/model/layers.3/mlp/down_proj/MatMul`).
+    """
+    found = re.search(r"\.(\d+)[./]", name)
+    if found is None or not re.search(r"(qkv_proj|v_proj|down_proj|c_attn|query_key_value|dense_4h_to_h)\b", name):
+        return False
+    layer, eighth = int(found[1]), layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+# --- what a target makes of it ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the user asked for. None = decided here."""
+
+    quant: str = "auto"
+    context: int | None = None
+    prefer: str = "quality"
+    budget: int | None = None
+    candidates: tuple[str, ...] = ()
+
+
+def variants(task: str) -> Mapping[str, Variant]:
+    return DECODERS if task == GENERATION else ENCODERS
+
+
+def plan(checkpoint: Checkpoint, task: str, target: Target, wish: Wish, build_bytes: int) -> OnnxPlan:
+    """The plan for one target. `build_bytes`: RAM that the exporter of this task takes.
+
+    A named variant is planned whether it fits or not; `auto` raises DoesNotFit when nothing does. Raises UnknownName.
+    """
+    known = variants(task)
+    shape = shape_of(checkpoint.config, causal=task == GENERATION)
+    context = _context(wish.context, shape, target)
+    choice = [_named(c, known) for c in wish.candidates] or list(known)
+    names = choice if wish.quant.lower() == "auto" else [_named(wish.quant, known)]
+    plans = [_one(checkpoint, task, known[name], shape, context, target, build_bytes) for name in names]
+    if wish.budget is not None:
+        plans = _within(plans, wish.budget)
+    return plans[0] if len(names) == 1 else _choose(plans, target, wish)
+
+
+def _named(quant: str, known: Mapping[str, Variant]) -> str:
+    name = quant.lower().replace("_", "-")
+    if name not in known:
+        hint = f"known: auto, {', '.join(known)}"
+        if name.upper().startswith(("Q", "IQ")):
+            hint = f"{quant} is a GGUF preset: leave out --format onnx; {hint}"
+        raise UnknownName(f"no ONNX format called {quant!r}", hint)
+    return name
+
+
+def _context(asked: int | None, shape: Shape, target: Target) -> int:
+    if asked is not None and asked < 1:
+        raise EdgekitError(f"a context of {asked} tokens makes no sense", "write for example --ctx-size 4096")
+    if asked is not None and asked > shape.context:
+        raise EdgekitError(
+            f"a context of {asked} tokens is more than the {shape.context} that the model's positions are made for",
+            f"--ctx-size {shape.context}, or a GGUF",
+        )
+    return asked or min(target.context, shape.context)
+
+
+def _one(
+    checkpoint: Checkpoint, task: str, variant: Variant, shape: Shape, context: int, target: Target, build_bytes: int
+) -> OnnxPlan:
+    stored = stored_weights(checkpoint, variant, shape)
+    if shape.causal:
+        stored += _rope_tables(shape, context)
+    data = sum(s.nbytes for s in stored)
+    memory = Memory(
+        weights=data,
+        twice=0,
+        kv=kv_bytes(shape, context),
+        compute=compute_bytes(shape, context),
+        overhead=RUNTIME_OVERHEAD,
+        usable=target.usable_bytes,
+    )
+    return OnnxPlan(
+        family=str(checkpoint.config.get("model_type", "")),
+        task=task,
+        variant=variant,
+        target=target.name,
+        stored=stored,
+        shape=shape,
+        data_bytes=data,
+        graph_bytes=graph_bytes(shape, task),
+        build_bytes=build_bytes,
+        context=context,
+        memory=memory,
+        forecast=_forecast(stored, shape, context, variant, target),
+        why="as asked",
+        notes=_notes(variant, target),
+    )
+
+
+def _rope_tables(shape: Shape, context: int) -> tuple[Stored, ...]:
+    half = shape.head_dim // 2
+    return tuple(
+        Stored(name, (context, half), "rope", "fp32", 4 * context * half) for name in ("cos_cache", "sin_cache")
+    )
+
+
+def kv_bytes(shape: Shape, context: int) -> int:
+    """Bytes of the KV cache for one sequence: float32 on CPUs; layers that slide over a window keep only that."""
+    if not shape.causal:
+        return 0
+    cells = min(context, shape.window) if shape.window else context
+    return 2 * 4 * shape.layers * shape.kv_heads * shape.head_dim * cells
+
+
+def compute_bytes(shape: Shape, context: int) -> int:
+    """Bytes of activations while a prompt that fills the context is read; an encoder reads one of 512 tokens."""
+    tokens = context if shape.causal else min(context, 512)
+    block = 4 * tokens * (3 * shape.ffn + 4 * shape.hidden + 2 * shape.heads * shape.head_dim)
+    return block + 4 * shape.vocab * (1 if shape.causal else 0)
+
+
+def graph_bytes(shape: Shape, task: str) -> int:
+    """Bytes of the graphs without weights: about 6 KB a layer and graph, and a decoder has two graphs."""
+    return (2 if task == GENERATION else 1) * (4_000 + 6_000 * shape.layers)
+
+
+def _forecast(stored: Sequence[Stored], shape: Shape, context: int, variant: Variant, target: Target) -> Forecast:
+    """As llama.cpp runs the format of the same bits on the CPU (measured level on x86, docs/onnx.md)."""
+    cpu = next((b for b in target.backend if b.name == "cpu"), None)
+    reason = no_fast_path(variant, target) or ("" if cpu else f"no figures for the CPU of {target.name}")
+    if reason or cpu is None:
+        return Forecast("cpu", None, None, 0.0, None, reason)
+    like = {"int8": "Q8_0", "int4": "Q4_0"}
+    weights: Counter[str] = Counter()
+    nbytes = 0
+    for s in stored:
+        if s.place in ("linear", "head"):
+            weights[like.get(s.format[:4], "F32")] += prod(s.shape)
+            nbytes += s.nbytes
+    body = sum(prod(s.shape) for s in stored if s.place == "linear")
+    work = Workload(
+        weights_by_format=dict(weights),
+        bytes_per_token=nbytes,
+        kv_bytes=kv_bytes(shape, max(1, context // 2)),
+        layers=shape.layers,
+        body_params=body,
+        context=context,
+        grouped=shape.kv_heads < shape.heads,
+    )
+    return forecast(target, work, backend=cpu.name)
+
+
+def no_fast_path(variant: Variant, target: Target) -> str:
+    """Why onnxruntime multiplies this variant slowly on the target's CPU, or an empty text.
+
+    Its 4- and 8-bit block kernels need dot-product instructions; without them every matrix is first made float32.
+    """
+    lacks = set(target.isa.lacks) if target.isa else set()
+    if variant.kind == "nbits" and "dotprod" in lacks:
+        return f"{target.name} has no dot-product instructions, which onnxruntime's block kernels need"
+    return ""
+
+
+def _notes(variant: Variant, target: Target) -> tuple[str, ...]:
+    """Where a GGUF would be faster, in words: the user asked for a format, and should know what it costs."""
+    found = []
+    if reason := no_fast_path(variant, target):
+        found.append(f"{reason}: a GGUF decodes several times faster there (leave out --format onnx)")
+    first = target.backend[0].name
+    if first != "cpu":
+        found.append(
+            f"llama.cpp runs a GGUF on the {first} backend of {target.name}; this ONNX graph runs on its CPU, "
+            "which is slower for all but small models"
+        )
+    return tuple(found)
+
+
+def _within(plans: Sequence[OnnxPlan], budget: int) -> list[OnnxPlan]:
+    fitting = [p for p in plans if p.file_bytes <= budget]
+    if not fitting:
+        smallest = min(plans, key=lambda p: p.file_bytes)
+        raise DoesNotFit(
+            f"{show_bytes(budget)} is less than the smallest ONNX form, {smallest.variant.name} with "
+            f"{show_bytes(smallest.file_bytes)} ({smallest.file_bytes:,} bytes)",
+            f"allow at least {smallest.file_bytes} bytes, or make a GGUF: it goes down to 2 bits",
+        )
+    return fitting
+
+
+def _choose(plans: Sequence[OnnxPlan], target: Target, wish: Wish) -> OnnxPlan:
+    """Of an encoder, quality or speed as preferred; of a decoder the best that fits and reads comfortably fast."""
+    fitting = [p for p in plans if p.memory.fits]
+    if not fitting:
+        require_fit(min(plans, key=lambda p: p.memory.total))
+    if not plans[0].shape.causal:
+        return _encoder_choice(fitting, target, wish)
+    if wish.prefer == "size":
+        return replace(min(fitting, key=lambda p: p.file_bytes), why="the smallest")
+    speeds = {p.variant.name: p.forecast.decode_tok_s or 0.0 for p in fitting}
+    if wish.prefer == "speed" and any(speeds.values()):
+        best = max(fitting, key=lambda p: speeds[p.variant.name])
+        return replace(best, why="the fastest forecast of those that fit")
+    if wish.budget is not None or not any(speeds.values()):
+        return replace(fitting[0], why=f"the best quality that fits {target.name}")
+    comfortable = [p for p in fitting if speeds[p.variant.name] >= COMFORTABLE]
+    if comfortable:
+        why = f"the best quality that fits and decodes at {COMFORTABLE:.0f} tok/s or more"
+        return replace(comfortable[0], why=why)
+    best = max(fitting, key=lambda p: speeds[p.variant.name])
+    return replace(best, why=f"nothing decodes at {COMFORTABLE:.0f} tok/s; the fastest")
+
+
+def _encoder_choice(plans: Sequence[OnnxPlan], target: Target, wish: Wish) -> OnnxPlan:
+    by_name = {p.variant.name: p for p in plans}
+    slow = no_fast_path(plans[0].variant, target)
+    if "int8-dynamic" in by_name and (wish.prefer in ("speed", "size") or slow):
+        return replace(
+            by_name["int8-dynamic"], why=slow or "about twice as fast as blocks of 8 bits, and a little less exact"
+        )
+    return replace(plans[0], why="the variant that is closest to the source")
+
+
+def require_fit(decided: OnnxPlan) -> None:
+    """Raise DoesNotFit (exit 3) when the target has less memory than running takes."""
+    if decided.memory.fits:
+        return
+    smaller = [name for name in variants(decided.task) if name.startswith("int4")]
+    hint = f"-q {smaller[0]}" if smaller and not decided.variant.name.startswith("int4") else "a smaller model"
+    raise DoesNotFit(
+        f"{decided.variant.name} with {decided.context} tokens of context needs {show_bytes(decided.memory.total)}; "
+        f"{decided.target} has {show_bytes(decided.memory.usable or 0)} for a model",
+        f"{hint}, a smaller --ctx-size, or a GGUF",
+    )
+
+
+def require_build_memory(decided: OnnxPlan, free: int) -> None:
+    """Raise DoesNotFit (exit 3) when this machine has less free memory than the export takes."""
+    if decided.build_bytes > free:
+        raise DoesNotFit(
+            f"exporting {decided.family} to ONNX takes about {show_bytes(decided.build_bytes)} of memory, and "
+            f"{show_bytes(free)} is free here",
+            "export on a larger machine, or make a GGUF: it needs hardly any memory",
+        )
