@@ -1,0 +1,353 @@
+"""ONNX models: decoders through onnxruntime-genai, encoders through onnxruntime, text by the model's own tokenizer.
+
+Knows contexts, sampling and notes; knows no recipe and no metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from edgekit.chat import Template
+from edgekit.errors import EdgekitError, RuntimeFailed
+from edgekit.host import Host, detect, usable_cores
+from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
+from edgekit.runtime import Logits, Timings
+from edgekit.runtime._common import Spent, Tokens, checked, room_for
+from edgekit.runtime._ort_encoder import EncoderSession
+from edgekit.runtime._ort_folder import DecoderFacts, Folder, decoder_facts, find
+from edgekit.runtime._ort_genai import Decoder, Settings
+from edgekit.runtime._ort_library import onnxruntime, wanted
+from edgekit.runtime._ort_vocabulary import Vocabulary
+from edgekit.runtime._sampling import Sampler, Sampling
+from edgekit.runtime._text import TextStream
+
+__all__ = ["DEFAULT_CONTEXT", "DecoderSession", "EncoderSession", "OrtSession", "open_session"]
+
+DEFAULT_CONTEXT = 4096
+"""Tokens of context where neither the caller nor genai_config.json chose a number."""
+
+
+class DecoderSession:
+    """A decoder with a context of `n_ctx` tokens: see `edgekit.runtime.Session`.
+
+    model.onnx generates; model_all.onnx beside it, over the same weights, gives the logits of every position. One of
+    the two is loaded at a time: the other is opened when it is asked for.
+    """
+
+    encoder = False
+
+    def __init__(self, folder: Folder, facts: DecoderFacts, settings: Settings, *, notes: Sequence[str] = ()) -> None:
+        self.folder, self._facts, self._settings = folder, facts, settings
+        self._spent = Spent()
+        self._notes = tuple(notes)
+        self._turn = 0
+        self.finish_reason = ""
+        self._decoder: Decoder | None = Decoder(folder.graph, facts.n_vocab, settings, self._spent)
+        self._load_ms = self._decoder.load_ms
+
+    @property
+    def n_vocab(self) -> int:
+        return self._facts.n_vocab
+
+    @property
+    def n_ctx(self) -> int:
+        return self._settings.n_ctx
+
+    @property
+    def threads(self) -> int:
+        return self._settings.threads
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Read when it is first needed: token ids alone need none. Raises UnsupportedVocabulary."""
+        return Vocabulary(self.folder.root, self.folder.config, self._facts.stops)
+
+    @property
+    def bos(self) -> int | None:
+        return self.vocabulary.bos
+
+    @property
+    def add_bos(self) -> bool:
+        return self.vocabulary.add_bos
+
+    @property
+    def template(self) -> Template | None:
+        return self.vocabulary.template()
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self.template
+        return None if template is None else template.text
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._notes + (self._decoder.notes if self._decoder else ())
+
+    def metadata(self) -> Mapping[str, str]:
+        """Scalars of config.json as `config.KEY` and of genai_config.json as `genai.SECTION.KEY`."""
+        return _flat(self.folder.config, "config") | _flat(self.folder.genai or {}, "genai")
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        return self.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        return self.vocabulary.detokenize(checked(tokens, self.n_vocab, self._name).tolist(), special=special)
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        checked([token], self.n_vocab, self._name)
+        return self.vocabulary.piece(token, special=special)
+
+    def logits(self, tokens: Sequence[int]) -> Logits:
+        """`tokens` as a sequence of its own -> float32 (len(tokens), n_vocab). Raises RuntimeFailed."""
+        out = np.empty((len(tokens), self.n_vocab), np.float32)
+        for start, rows in self.logits_chunks(tokens):
+            out[start : start + len(rows)] = rows
+        return out
+
+    def logits_chunks(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, Logits]]:
+        """(position of the first row, float32 (m, n_vocab)) for every position from `first` on; m is bounded so that a
+        slab takes at most about 64 MiB. What the session had read before is forgotten. Raises RuntimeFailed: too many
+        tokens, a folder whose graph gives the last position only."""
+        ids = self._admitted(tokens)
+        self._turn += 1
+        return self._run_chunks(ids, first, self._turn)
+
+    def _run_chunks(self, ids: Tokens, first: int, turn: int) -> Iterator[tuple[int, Logits]]:
+        self._own(turn)
+        decoder = self._graph(all_positions=True)
+        decoder.clear()
+        for start in range(0, len(ids), decoder.step):
+            part = ids[start : start + decoder.step]
+            self._own(turn)
+            decoder.append(part)
+            skip = max(0, first - start)
+            if skip < len(part):
+                yield start + skip, decoder.rows(len(part))[skip:]
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[int]:
+        """Continue `tokens` by at most `max_tokens` and at most to the end of the context.
+
+        Temperature 0 takes the likeliest token; otherwise the steps and draws of llama.cpp's chain, so that the same
+        logits and seed give the same tokens on both engines. Tokens already read by the last call are not computed
+        again. Raises RuntimeFailed at once if the prompt does not fit.
+        """
+        ids = self._admitted(tokens)
+        if not len(ids):
+            raise RuntimeFailed("there is no token to continue from", "give a prompt, or the BOS token")
+        sampler = Sampler(Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed), ids.tolist())
+        limit = min(max_tokens, self.n_ctx - len(ids))
+        self._turn += 1
+        return self._run_generate(ids, limit, sampler, TextStream(stop), self._turn)
+
+    def _run_generate(self, ids: Tokens, limit: int, sampler: Sampler, text: TextStream, turn: int) -> Iterator[int]:
+        self._own(turn)
+        self.finish_reason = "length"
+        if limit <= 0:
+            return
+        self.finish_reason = ""
+        decoder = self._graph()
+        decoder.feed(ids[decoder.keep(ids) :])
+        for left in range(limit, 0, -1):
+            self._own(turn)
+            token = sampler.draw(decoder.last())
+            ends = self.vocabulary.is_end(token)
+            if not ends:
+                text.feed(self.vocabulary.piece(token))
+            if ends or text.stopped:
+                self.finish_reason = "stop"
+                return
+            yield token
+            if left > 1:
+                self._own(turn)
+                decoder.append(np.array([token], np.int32))
+        self.finish_reason = "length"
+
+    def stream(
+        self,
+        tokens: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """As `generate`, as text that can be shown at once: whole characters, nothing of a stop string."""
+        ids = self.generate(
+            tokens, max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repeat_penalty=repeat_penalty, seed=seed,
+        )  # fmt: skip
+        return self._run_stream(ids, TextStream(stop))
+
+    def _run_stream(self, ids: Iterator[int], text: TextStream) -> Iterator[str]:
+        for token in ids:
+            if shown := text.feed(self.vocabulary.piece(token)):
+                yield shown
+            if text.stopped:
+                self.finish_reason = "stop"
+                return
+        if shown := text.flush():
+            yield shown
+
+    def embed(self, texts: Sequence[str], *, normalize: bool | None = None) -> Logits:
+        """Raises RuntimeFailed: the graph of a decoder gives logits."""
+        raise RuntimeFailed(f"{self._name} writes text and gives no vectors", "convert an embedding model")
+
+    def timings(self) -> Timings:
+        spent = self._spent
+        return Timings(self._load_ms, spent.ms[False], spent.tokens[False], spent.ms[True], spent.tokens[True])
+
+    def reset(self) -> None:
+        self._turn += 1
+        self._spent.clear()
+        if self._decoder:
+            self._decoder.clear()
+
+    def close(self) -> None:
+        self._turn += 1
+        if self._decoder:
+            self._decoder.close()
+        self._decoder = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def _name(self) -> str:
+        return self.folder.root.name
+
+    def _admitted(self, tokens: Sequence[int]) -> Tokens:
+        return room_for(checked(tokens, self.n_vocab, self._name), self.n_ctx)
+
+    def _own(self, turn: int) -> None:
+        if self._decoder is None:
+            raise RuntimeFailed(f"{self._name} has been closed", "open it again")
+        if turn != self._turn:
+            raise RuntimeFailed("another call has used the session meanwhile", "finish one iteration before the next")
+
+    def _graph(self, *, all_positions: bool = False) -> Decoder:
+        """The graph that generates, or the one that gives every position's logits; the other is closed first."""
+        apart = all_positions and self.folder.all_positions.is_file()
+        path = self.folder.all_positions if apart else self.folder.graph
+        if self._decoder is None or self._decoder.graph != path:
+            if apart:
+                _checked_graph(path)
+            if self._decoder:
+                self._decoder.close()
+            self._decoder = Decoder(path, self.n_vocab, self._settings, self._spent)
+            self._load_ms += self._decoder.load_ms
+        return self._decoder
+
+
+OrtSession = DecoderSession | EncoderSession
+
+
+def open_session(
+    path: str | Path,
+    *,
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+    embeddings: bool = False,
+) -> OrtSession:
+    """Load the graph at `path`: a folder that `edgekit convert` or genai's builder made, or an .onnx file in one.
+
+    `n_ctx`: tokens of context; None: what genai_config.json plans, else at most 4096. `threads` None: the number in
+    genai_config.json, else every core this process may use. `providers`: names as in targets (CUDA, CoreML, ...), most
+    wanted first; what cannot be had is in `notes`. `embeddings`: refuse a graph that gives no vectors.
+    Raises EdgekitError, MissingExtra, CorruptCheckpoint, RuntimeFailed.
+    """
+    onnxruntime()
+    asked = None if providers is None else wanted(providers)
+    if threads is not None and not 1 <= threads <= 512:
+        raise EdgekitError(f"{threads} threads", "between 1 and 512")
+    if n_ctx is not None and n_ctx < 0:
+        raise EdgekitError(f"a context of {n_ctx} tokens", "1 or more; 0 is what the model was trained with")
+    folder = find(Path(path))
+    graph = _checked_graph(folder.graph)
+    notes = slow_here(graph, detect())
+    if folder.genai is None:
+        cores = threads or usable_cores()
+        return EncoderSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
+    if embeddings:
+        raise RuntimeFailed(f"{folder.root.name} writes text and gives no vectors", "convert an embedding model")
+    facts = decoder_facts(folder)
+    size, shortened = _context(n_ctx, facts)
+    settings = Settings(size, threads or _threads(facts), _no_providers(facts) if asked is None else asked)
+    return DecoderSession(folder, facts, settings, notes=(*notes, *shortened))
+
+
+def _checked_graph(path: Path) -> OnnxFile:
+    """The graph, read and its weights found, before an engine that says less sees it."""
+    graph = open_onnx(path)
+    graph.check(checksums=False)
+    require_runnable(graph)
+    return graph
+
+
+def _threads(facts: DecoderFacts) -> int:
+    """What the file plans, on a machine that has as many cores."""
+    cores = usable_cores()
+    return min(facts.threads, cores) if facts.threads else cores
+
+
+def _no_providers(facts: DecoderFacts) -> tuple[str, ...] | None:
+    """() where the file asks for none: then there is nothing that could be missing."""
+    return None if facts.providers else ()
+
+
+def _context(asked: int | None, facts: DecoderFacts) -> tuple[int, tuple[str, ...]]:
+    if asked is None:
+        return facts.planned or min(DEFAULT_CONTEXT, facts.context), ()
+    if asked > facts.context:
+        said = f"the context is {facts.context} tokens, not {asked}: the graph has positions for no more"
+        return facts.context, (said,)
+    return asked or facts.context, ()
+
+
+def slow_here(graph: OnnxFile, host: Host) -> tuple[str, ...]:
+    """A note where `host` has no fast path for the blocks of MatMulNBits, which need dot products of 8-bit integers."""
+    if not any(node.op == "MatMulNBits" for node in graph.nodes):
+        return ()
+    arm = host.machine.lower() in ("aarch64", "arm64")
+    needed = "dotprod" if arm else "avx2"
+    if not host.isa or needed in host.isa:
+        return ()
+    return (
+        f"this CPU has no {needed}: weights of 4 and 8 bits are unpacked to floats for every token. A GGUF "
+        "(edgekit convert --format gguf) or an encoder with --prefer speed (dynamic int8) is faster here",
+    )
+
+
+def _flat(value: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, inner in value.items():
+        name = f"{prefix}.{key}"
+        if isinstance(inner, dict):
+            found |= _flat(inner, name)
+        elif isinstance(inner, str | int | float | bool):
+            found[name] = str(inner)
+    return found
