@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from enum import StrEnum
@@ -17,7 +17,11 @@ import typer
 from edgekit.errors import EdgekitError
 
 if TYPE_CHECKING:
-    from edgekit.pipeline import Options
+    from edgekit.errors import DoesNotFit
+    from edgekit.onnx_planning import OnnxPlan
+    from edgekit.pipeline import OnnxSource, Options
+    from edgekit.planning import Plan
+    from edgekit.target import Target
 
 app = typer.Typer(
     name="edgekit",
@@ -52,10 +56,23 @@ class Prefer(StrEnum):
     size = "size"
 
 
+class Format(StrEnum):
+    gguf = "gguf"
+    onnx = "onnx"
+    auto = "auto"
+
+
 _MODEL_HELP = "Hub id (org/name\\[@revision]), folder, F16/BF16/F32 .gguf, or `demo`."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="Device: a name, ./board.toml, or `host`.")]
-Quant = Annotated[str | None, typer.Option("--quant", "-q", help="auto, or a preset such as Q4_K_M, Q8_0, IQ4_XS.")]
+Quant = Annotated[
+    str | None, typer.Option("--quant", "-q", help="auto, or a preset such as Q4_K_M, IQ4_XS; int8, int4 for ONNX.")
+]
+FormatName = Annotated[Format | None, typer.Option("--format", help="gguf, onnx, or auto: what the target runs best.")]
+Task = Annotated[
+    str | None,
+    typer.Option("--task", metavar="TASK", help="ONNX: text-generation, feature-extraction ... Default: by the model."),
+]
 Ctx = Annotated[int | None, typer.Option("--ctx-size", "-c", min=1, help="Context to make room for, in tokens.")]
 Kv = Annotated[str | None, typer.Option("--kv", help="KV cache type: f16, q8_0, q4_0 ...")]
 PreferOption = Annotated[Prefer | None, typer.Option("--prefer", help="What `auto` gives weight to.")]
@@ -79,6 +96,7 @@ def convert(
     model: Model,
     target: TargetName = "host",
     recipe: RecipeName = "default",
+    format_: FormatName = None,
     quant: Quant = None,
     ctx_size: Ctx = None,
     kv: Kv = None,
@@ -96,13 +114,15 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide and print; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace an artefact that is there.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads to quantize with.")] = None,
+    task: Task = None,
     json_: Json = False,
 ) -> None:
-    """Convert MODEL for a device: one verified GGUF in a folder, with what Ollama needs to import it."""
-    from edgekit import console, pipeline
+    """Convert MODEL for a device: a verified GGUF with what Ollama needs to import it, or ONNX, in a folder."""
+    from edgekit import console, onnx_console, pipeline
 
     options = pipeline.Options(
         recipe=recipe,
+        format=format_,
         quant=quant,
         context=ctx_size,
         kv=kv,
@@ -117,6 +137,7 @@ def convert(
         strict=strict,
         force=force,
         threads=threads,
+        task=task,
     )
     with console.progress_bars(quiet=json_) as progress:
         done = pipeline.convert(model, target, options, dry_run=dry_run, progress=progress)
@@ -124,7 +145,10 @@ def convert(
         _print_json(pipeline.conversion_summary(done))
     else:
         console.show_warnings(done.warnings)
-        console.out().print(console.conversion_screen(done))
+        if isinstance(done, pipeline.OnnxConversion):
+            console.out().print(onnx_console.conversion_screen(done))
+        else:
+            console.out().print(console.conversion_screen(done))
 
 
 @app.command()
@@ -133,6 +157,7 @@ def plan(
     target: TargetName = "host",
     all_targets: Annotated[bool, typer.Option("--all-targets", help="One table over all devices.")] = False,
     recipe: RecipeName = "default",
+    format_: FormatName = None,
     quant: Quant = None,
     ctx_size: Ctx = None,
     kv: Kv = None,
@@ -140,6 +165,7 @@ def plan(
     target_size: Size = None,
     target_bpw: Bpw = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor and its format.")] = False,
+    task: Task = None,
     json_: Json = False,
 ) -> None:
     """What would be made for a device, from headers only: exact size, memory, forecast speed, does it fit."""
@@ -149,19 +175,25 @@ def plan(
 
     options = pipeline.Options(
         recipe=recipe,
+        format=format_,
         quant=quant,
         context=ctx_size,
         kv=kv,
         prefer=prefer,
         target_size=_bytes(target_size),
         target_bpw=target_bpw,
+        task=task,
     )
+    device = Target.load(target)
     with console.progress_bars(quiet=json_) as progress:
+        if pipeline.export_format(model, device, options, progress=progress) == "onnx":
+            onnx_source = pipeline.open_onnx(model, options, progress=progress)
+            _plan_onnx(onnx_source, device, options, model, all_targets=all_targets, tensors=tensors, json_=json_)
+            return
         source = pipeline.open_source(model, progress=progress)
     if all_targets:
-        _plan_all(source, options, json_=json_)
+        _show_plans(pipeline.plan_all(source, options), source.checkpoint.name, json_=json_)
         return
-    device = Target.load(target)
     decided = pipeline.plan_source(source, device, options)
     if json_:
         _print_json(pipeline.summary(decided, tensors=tensors))
@@ -178,13 +210,39 @@ def _bytes(text: str | None) -> int | None:
     return None if text is None else parse_bytes(text)
 
 
-def _plan_all(source: Any, options: Options, *, json_: bool) -> None:
+def _plan_onnx(
+    source: OnnxSource,
+    device: Target,
+    options: Options,
+    model: str,
+    *,
+    all_targets: bool,
+    tensors: bool,
+    json_: bool,
+) -> None:
+    from edgekit import console, onnx_console, onnx_planning, pipeline
+
+    if all_targets:
+        _show_plans(pipeline.plan_all_onnx(source, options), source.checkpoint.name, json_=json_)
+        return
+    decided = pipeline.plan_onnx(source, device, options)
+    if json_:
+        _print_json(pipeline.summary(decided, tensors=tensors))
+    else:
+        console.show_warnings(decided.notes)
+        console.out().print(onnx_console.plan_screen(decided, device, model))
+        if tensors:
+            console.out().print(onnx_console.tensor_table(decided))
+    onnx_planning.require_fit(decided)
+
+
+def _show_plans(plans: Iterable[tuple[Target, Plan | OnnxPlan | DoesNotFit]], name: str, *, json_: bool) -> None:
     from edgekit import console, pipeline
     from edgekit.errors import DoesNotFit
 
-    rows = list(pipeline.plan_all(source, options))
+    rows = list(plans)
     if not json_:
-        console.out().print(console.all_targets_table(rows, source.checkpoint.name))
+        console.out().print(console.all_targets_table(rows, name))
         return
     _print_json(
         [
@@ -199,8 +257,13 @@ def _plan_all(source: Any, options: Options, *, json_: bool) -> None:
 @app.command()
 def bench(
     artifact: File,
-    prompt: Annotated[str, typer.Option("--n-prompt", "-p", help="Prompt tokens; several with commas.")] = "512",
-    generate: Annotated[str, typer.Option("--n-gen", "-n", help="Tokens to generate; several with commas.")] = "128",
+    prompt: Annotated[
+        str | None, typer.Option("--n-prompt", "-p", help="Prompt tokens (512), or tokens a text; several with commas.")
+    ] = None,
+    generate: Annotated[
+        str | None, typer.Option("--n-gen", "-n", help="Tokens to generate (128); several with commas.")
+    ] = None,
+    texts: Annotated[int, typer.Option("--texts", min=0, help="Encoders: texts read at once.")] = 0,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Runs of each test.")] = 5,
     threads: Threads = None,
     json_: Json = False,
@@ -208,7 +271,7 @@ def bench(
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated rows.")] = False,
     keep: Keep = False,
 ) -> None:
-    """Measure prefill and decode speed on this machine, as llama-bench does."""
+    """Measure prefill and decode speed on this machine, as llama-bench does; of an encoder, its latency."""
     from edgekit import benchmark, console
     from edgekit.artifact import model_file
 
@@ -217,6 +280,7 @@ def bench(
             model_file(artifact),
             prompt=_numbers(prompt),
             generate=_numbers(generate),
+            texts=texts,
             repetitions=repetitions,
             threads=threads,
             progress=progress,
@@ -300,9 +364,9 @@ def report(
         typer.echo(str(path))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str | None) -> tuple[int, ...] | None:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:
         raise EdgekitError(
             f"{text!r} is not a list of token counts", "write for example -p 512 or -p 128,512"
@@ -346,7 +410,8 @@ def run(
         _print_json(asdict(answer))
     else:
         typer.echo()
-        typer.secho(answer.line(), err=True, dim=True)
+        for said in (*answer.notes, answer.line()):
+            typer.secho(said, err=True, dim=True)
 
 
 def _emit(text: str) -> None:

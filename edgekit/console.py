@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgekit.flips import Answer, Flips
     from edgekit.host import Bandwidth, Host
     from edgekit.inspection import Inspection
+    from edgekit.onnx_planning import OnnxPlan
     from edgekit.pipeline import Conversion
     from edgekit.planning import Memory, Plan
     from edgekit.recipe import Recipe
@@ -151,8 +152,8 @@ def plan_screen(plan: Plan, target: Target, name: str) -> RenderableType:
         rows.append(("fallback", _fallback_line(plan)))
     if plan.blueprint.ignored:
         rows.append(("left out", f"{len(plan.blueprint.ignored)} tensors, first {plan.blueprint.ignored[0]}"))
-    rows.append(("next", f"[bold cyan]edgekit convert {_plain(name)} --target {plan.target} -q {plan.preset.name}"))
-    return _panel(rows, _plain(f"plan: {name} on {target.title}"))
+    rows.append(("next", f"[bold cyan]edgekit convert {plain(name)} --target {plan.target} -q {plan.preset.name}"))
+    return panel(rows, plain(f"plan: {name} on {target.title}"))
 
 
 def _file_line(plan: Plan) -> str:
@@ -184,7 +185,7 @@ def _memory_rows(plan: Plan, target: Target) -> list[tuple[str, str]]:
     parts += f" + buffers {show_bytes(memory.compute)} + runtime {show_bytes(memory.overhead)}"
     rows = [("memory", f"[bold]{show_bytes(memory.total)}[/] at {plan.context} tokens of context")]
     rows.append(("", f"[dim]{parts}"))
-    rows.append(("", f"{memory_bar(memory)} {_headroom(memory, target)}"))
+    rows.append(("", f"{memory_bar(memory)} {headroom(memory, target)}"))
     rows.append(("", f"[dim]rule of thumb M = (P·4 B)/(32/Q)·1.2 says {show_bytes(plan.rule_of_thumb)}"))
     if memory.kv:
         kinds = ("f16", "q8_0", "q4_0")
@@ -202,10 +203,10 @@ def memory_bar(memory: Memory, width: int = 28) -> str:
     return f"[{color}]{'━' * full}[/][dim]{'─' * (width - full)}[/]"
 
 
-def _headroom(memory: Memory, target: Target) -> str:
+def headroom(memory: Memory, target: Target) -> str:
     if memory.usable is None or memory.headroom is None:
         return "[dim]the usable memory of this target is not known"
-    spare = f"the {show_bytes(memory.usable)} that {_plain(target.name)} can spare"
+    spare = f"the {show_bytes(memory.usable)} that {plain(target.name)} can spare"
     if memory.headroom < 0:
         return f"[red]{show_bytes(-memory.headroom)} more than {spare}"
     return f"{show_bytes(memory.headroom)} left of {spare}"
@@ -230,11 +231,11 @@ def rate(tok_s: float) -> str:
     return f"{tok_s:.0f}" if tok_s >= 100 else f"{tok_s:.3g}"
 
 
-def all_targets_table(rows: Sequence[tuple[Target, Plan | DoesNotFit]], name: str) -> Table:
+def all_targets_table(rows: Sequence[tuple[Target, Plan | OnnxPlan | DoesNotFit]], name: str) -> Table:
     """One row for each device."""
     from rich.table import Table
 
-    table = Table(title=f"{_plain(name)} on every target", title_justify="left", header_style="bold", box=_lines())
+    table = Table(title=f"{plain(name)} on every target", title_justify="left", header_style="bold", box=_lines())
     table.add_column("target", no_wrap=True)
     if _wide():
         table.add_column("device", no_wrap=True)
@@ -242,19 +243,19 @@ def all_targets_table(rows: Sequence[tuple[Target, Plan | DoesNotFit]], name: st
     for column in ("file", "memory", "usable", "decode", "prefill"):
         table.add_column(column, justify="right", no_wrap=True)
     for target, plan in rows:
-        names = (target.name, _plain(target.title)) if _wide() else (target.name,)
+        names = (target.name, plain(target.title)) if _wide() else (target.name,)
         table.add_row(*names, *_target_cells(target, plan))
     table.caption = "forecasts in tok/s; edgekit plan MODEL --target NAME says more"
     return table
 
 
-def _target_cells(target: Target, plan: Plan | DoesNotFit) -> tuple[str, ...]:
+def _target_cells(target: Target, plan: Plan | OnnxPlan | DoesNotFit) -> tuple[str, ...]:
     usable = show_bytes(target.usable_bytes) if target.usable_bytes else "?"
     if isinstance(plan, DoesNotFit):
         return "[red]does not fit", "", "", usable, "", ""
     f, total = plan.forecast, show_bytes(plan.memory.total)
     return (
-        plan.preset.name,
+        plan.label,
         show_bytes(plan.file_bytes),
         total if plan.memory.fits else f"[red]{total}",
         usable,
@@ -277,12 +278,12 @@ def conversion_screen(done: Conversion) -> RenderableType:
     plan, target = done.plan, done.target
     rows: list[tuple[str, str]] = []
     if done.artifact:
-        rows.append(("made", f"[bold]{_plain(str(done.artifact.model))}"))
+        rows.append(("made", f"[bold]{plain(str(done.artifact.model))}"))
     rows.append(("size", _file_line(plan)))
     rows.append(("quant", f"{plan.preset.name} [dim]({plan.why})"))
     rows += _memory_rows(plan, target)[:1]
     if bar := memory_bar(plan.memory):
-        rows.append(("", f"{bar} {_headroom(plan.memory, target)}"))
+        rows.append(("", f"{bar} {headroom(plan.memory, target)}"))
     rows.append(("speed", speed_line(plan)))
     if plan.fallbacks:
         rows.append(("fallback", _fallback_line(plan)))
@@ -292,7 +293,7 @@ def conversion_screen(done: Conversion) -> RenderableType:
     elif done.artifact:
         rows.append(("proof", "[yellow]not verified (--verify none)"))
     rows += _next_rows(done)
-    return _panel(rows, _plain(f"{done.source.checkpoint.name} for {target.title}"))
+    return panel(rows, plain(f"{done.source.checkpoint.name} for {target.title}"))
 
 
 def _gate_rows(done: Conversion) -> list[tuple[str, str]]:
@@ -304,7 +305,7 @@ def _gate_rows(done: Conversion) -> list[tuple[str, str]]:
         line = f"{c.kl:.5f} ± {c.kl_stderr:.5f}  {c.name}"
         rows.append(("gate" if i == 0 else "", f"[bold green]{line}  shipped[/]" if c.shipped else f"[dim]{line}"))
     text = f"KL divergence in nats a token on {done.outcome.held_out:,} held-out predictions"
-    return [*rows, ("", f"[dim]{text} of {_plain(done.outcome.text)}")]
+    return [*rows, ("", f"[dim]{text} of {plain(done.outcome.text)}")]
 
 
 def _proof(done: Conversion) -> list[str]:
@@ -322,7 +323,7 @@ def _proof(done: Conversion) -> list[str]:
 def _next_rows(done: Conversion) -> list[tuple[str, str]]:
     if not done.artifact:
         return [("next", "[bold cyan]the same without --dry-run makes it")]
-    name, place = done.source.checkpoint.name.lower(), _plain(str(done.out))
+    name, place = done.source.checkpoint.name.lower(), plain(str(done.out))
     rows = [("next", f"[bold cyan]edgekit bench {place}")]
     if done.plan.geometry.causal:
         rows = [("next", f'[bold cyan]edgekit run {place} "Hello"'), ("", f"[cyan]edgekit bench {place}")]
@@ -331,7 +332,7 @@ def _next_rows(done: Conversion) -> list[tuple[str, str]]:
     return rows
 
 
-def _panel(rows: Sequence[tuple[str, str]], title: str) -> RenderableType:
+def panel(rows: Sequence[tuple[str, str]], title: str) -> RenderableType:
     from rich.box import ROUNDED
     from rich.panel import Panel
     from rich.table import Table
@@ -349,10 +350,10 @@ def tensor_table(plan: Plan) -> Table:
     rows = [
         (t.name, t.shape, t.format.name, t.nbytes, "" if t.wanted == t.format.name else t.wanted) for t in plan.tensors
     ]
-    return _tensors(rows, "wanted")
+    return table_of_tensors(rows, "wanted")
 
 
-def _tensors(rows: Sequence[tuple[str, Sequence[int], str, int, str]], last: str) -> Table:
+def table_of_tensors(rows: Sequence[tuple[str, Sequence[int], str, int, str]], last: str) -> Table:
     from rich.table import Table
 
     table = Table(header_style="bold", box=_lines())
@@ -360,14 +361,14 @@ def _tensors(rows: Sequence[tuple[str, Sequence[int], str, int, str]], last: str
     for column in ("shape", "format", "bytes", last):
         table.add_column(column, justify="right", no_wrap=True)
     for name, shape, format_, nbytes, note in rows:
-        table.add_row(_plain(name), " × ".join(map(str, shape)), format_, f"{nbytes:,}", note)
+        table.add_row(plain(name), " × ".join(map(str, shape)), format_, f"{nbytes:,}", note)
     return table
 
 
 def bench_screen(result: BenchResult) -> RenderableType:
     """Tokens per second with their spread, memory, time to first token, and what may have distorted them."""
     size = f"{show_bytes(result.model_size)}, {show_count(result.model_n_params)} parameters"
-    rows = [("model", f"[bold]{_plain(result.model_type)}[/] [dim]({size})")]
+    rows = [("model", f"[bold]{plain(result.model_type)}[/] [dim]({size})")]
     for test in result.tests:
         rows.append(("speed" if test is result.tests[0] else "", _speed_line(result, test)))
     own = result.peak_rss_bytes - result.baseline_rss_bytes
@@ -375,10 +376,10 @@ def bench_screen(result: BenchResult) -> RenderableType:
     rows.append(("loaded", f"in {result.load_ms:.0f} ms"))
     build = result.build
     backend = f"{build['backends']} with {result.settings.threads} threads"
-    rows.append(("on", f"{_plain(str(build['cpu_info']))}, {backend}"))
-    rows.append(("build", f"{_plain(str(build['runtime']))} [dim]({build['build_commit']})"))
-    rows += [("note", f"[yellow]{_plain(note)}") for note in result.notes]
-    return _panel(rows, "bench")
+    rows.append(("on", f"{plain(str(build['cpu_info']))}, {backend}"))
+    rows.append(("build", f"{plain(str(build['runtime']))} [dim]({build['build_commit']})"))
+    rows += [("note", f"[yellow]{plain(note)}") for note in result.notes]
+    return panel(rows, "bench")
 
 
 def _speed_line(result: BenchResult, test: Measurement) -> str:
@@ -406,9 +407,9 @@ def evaluation_screen(found: Evaluation) -> RenderableType:
     """Perplexities, divergence with its floor, changed answers and task scores, every figure with its error."""
     c = found.comparison
     size = f" [dim]({show_bytes(found.nbytes)})"
-    rows = [("model", f"[bold]{_plain(found.artifact)}[/]{size}")]
-    rows.append(("against", f"{_plain(found.reference)}{' [dim](stored)' if found.kind == 'stored' else ''}"))
-    rows.append(("text", f"{_plain(found.text)}: {c.tokens:,} tokens scored in {c.chunks} chunks of {c.n_ctx}"))
+    rows = [("model", f"[bold]{plain(found.artifact)}[/]{size}")]
+    rows.append(("against", f"{plain(found.reference)}{' [dim](stored)' if found.kind == 'stored' else ''}"))
+    rows.append(("text", f"{plain(found.text)}: {c.tokens:,} tokens scored in {c.chunks} chunks of {c.n_ctx}"))
     rows.append(("perplexity", f"{c.ppl_candidate:.4f} ± {c.ppl_candidate_stderr:.4f}"))
     rows.append(("", f"[dim]{c.ppl_reference:.4f} ± {c.ppl_reference_stderr:.4f} the reference's[/]"))
     rows.append(("", f"ln ratio {c.ln_ratio:+.5f} ± {c.ln_ratio_stderr:.5f}"))
@@ -425,7 +426,7 @@ def evaluation_screen(found: Evaluation) -> RenderableType:
     if found.flips:
         rows += _flip_rows(found.flips)
     rows += _task_rows(found.tasks, found.reference_tasks)
-    return _panel(rows, "eval")
+    return panel(rows, "eval")
 
 
 def _flip_rows(found: Flips) -> list[tuple[str, str]]:
@@ -433,8 +434,8 @@ def _flip_rows(found: Flips) -> list[tuple[str, str]]:
     head = f"[bold]{len(changed)} of {len(found.answers)}[/] greedy answers changed in {found.max_tokens} tokens"
     rows = [("answers", head)]
     for answer in changed[:SHOWN]:
-        rows.append(("", f"[bold]{_plain(_one_line(answer.prompt, 70))}[/] [dim]from token {answer.at}"))
-        rows += [("", f"[dim]{who}[/] {_plain(text)}") for who, text in _sides(answer)]
+        rows.append(("", f"[bold]{plain(_one_line(answer.prompt, 70))}[/] [dim]from token {answer.at}"))
+        rows += [("", f"[dim]{who}[/] {plain(text)}") for who, text in _sides(answer)]
     if len(changed) > SHOWN:
         rows.append(("", f"[dim]and {len(changed) - SHOWN} more: --json, or --keep and edgekit report"))
     return rows
@@ -455,7 +456,7 @@ def _task_rows(scores: Sequence[Score], reference: Sequence[Score]) -> list[tupl
     other = {(s.task, s.metric): s for s in reference}
     rows: list[tuple[str, str]] = []
     for score in scores:
-        text = f"{_plain(score.task)} {_plain(score.metric)} [bold]{_score(score)}[/]"
+        text = f"{plain(score.task)} {plain(score.metric)} [bold]{_score(score)}[/]"
         if (score.task, score.metric) in other:
             text += f", the reference {_score(other[score.task, score.metric])}"
         rows.append(("" if rows else "tasks", f"{text} [dim]({score.samples} questions)"))
@@ -474,7 +475,7 @@ def inspection_screen(found: Inspection, *, tensors: bool = False, checked: bool
     from rich.console import Group
 
     rows = [
-        ("file", f"[bold]{_plain(str(found.path))}"),
+        ("file", f"[bold]{plain(str(found.path))}"),
         (
             "size",
             f"[bold]{show_bytes(found.nbytes)}[/] [dim]({found.nbytes:,} bytes)[/], GGUF version {found.file.version}",
@@ -486,12 +487,12 @@ def inspection_screen(found: Inspection, *, tensors: bool = False, checked: bool
     rows.append(("formats", "\n".join(f"{k:<8} {n:>4} tensors  {show_bytes(b):>10}" for k, (n, b) in parts)))
     if checked:
         rows.append(("sealed", "[green]✓[/] every file of the manifest has its sha256"))
-    rows += [(_plain(key), _plain(_brief(value))) for key, value in found.metadata(longest=5).items()]
-    panel = _panel(rows, "inspect")
+    rows += [(plain(key), plain(_brief(value))) for key, value in found.metadata(longest=5).items()]
+    shown = panel(rows, "inspect")
     if not tensors:
-        return panel
+        return shown
     listed = [(t.name, t.shape, t.type, t.nbytes, f"{t.offset:,}") for t in found.file.tensors.values()]
-    return Group(panel, _tensors(listed, "offset"))
+    return Group(shown, table_of_tensors(listed, "offset"))
 
 
 def _brief(value: Any) -> str:
@@ -506,9 +507,9 @@ def diagnosis_screen(findings: Sequence[Finding]) -> RenderableType:
     rows = []
     for item in findings:
         mark = "[green]✓[/]" if item.ok else "[bold red]✗[/]"
-        fix = f"\n[cyan]{_plain(item.fix)}" if item.fix else ""
-        rows.append((item.name, f"{mark} {_plain(item.detail)}{fix}"))
-    return _panel(rows, "doctor")
+        fix = f"\n[cyan]{plain(item.fix)}" if item.fix else ""
+        rows.append((item.name, f"{mark} {plain(item.detail)}{fix}"))
+    return panel(rows, "doctor")
 
 
 def targets_table(found: Sequence[Target]) -> Table:
@@ -528,7 +529,7 @@ def targets_table(found: Sequence[Target]) -> Table:
         ram = " / ".join(f"{gib:g}" for gib in row["ram_gib"]) or "?"
         usable = show_bytes(row["usable_bytes"]) if row["usable_bytes"] else "?"
         bandwidth = f"{row['bandwidth_gb_s']:.0f}" if row["bandwidth_gb_s"] else "?"
-        names = (row["name"], _plain(row["title"])) if _wide() else (row["name"],)
+        names = (row["name"], plain(row["title"])) if _wide() else (row["name"],)
         table.add_row(*names, ram, usable, bandwidth, row["backend"], ", ".join(row["fast"]))
     return table
 
@@ -548,21 +549,21 @@ def target_row(target: Target) -> dict[str, Any]:
 
 def target_screen(target: Target) -> RenderableType:
     """Every fact of a device with its source."""
-    rows = [("name", f"[bold]{_plain(target.name)}"), ("family", target.family)]
+    rows = [("name", f"[bold]{plain(target.name)}"), ("family", target.family)]
     usable = show_bytes(target.usable_bytes) if target.usable_bytes else "unknown"
-    rows.append(("usable", f"{usable} for file, KV cache and buffers [dim]({_plain(target.usable_rule.source)})"))
+    rows.append(("usable", f"{usable} for file, KV cache and buffers [dim]({plain(target.usable_rule.source)})"))
     rows.append(("context", f"{target.context} tokens by default"))
     for path, fact in target.facts():
         values = fact.model_dump(mode="json", exclude_none=True, exclude={"source", "date", "note"})
         shown = ", ".join(f"{k} {_fact_value(v)}" for k, v in values.items() if v not in ([], "", {}))
         date = f", read {fact.date}" if fact.date else ""
-        note = f"\n[dim]{_plain(fact.note)}" if fact.note else ""
-        rows.append((path, f"{_plain(shown)} [dim]({_plain(fact.source)}{date})[/]{note}"))
+        note = f"\n[dim]{plain(fact.note)}" if fact.note else ""
+        rows.append((path, f"{plain(shown)} [dim]({plain(fact.source)}{date})[/]{note}"))
     lists = {"fast": target.fast, "slow": target.slow, "flags": target.flags, "notes": target.notes}
     for label, entries in lists.items():
         if entries:
-            rows.append((label, _plain(("\n" if label == "notes" else ", ").join(entries))))
-    return _panel(rows, _plain(target.title))
+            rows.append((label, plain(("\n" if label == "notes" else ", ").join(entries))))
+    return panel(rows, plain(target.title))
 
 
 def _fact_value(value: Any) -> str:
@@ -578,15 +579,15 @@ def host_screen(found: Host, bandwidth: Bandwidth, matched: str | None) -> Rende
     """This machine as detected."""
     cores = f"{found.physical_cores or '?'} physical, {found.logical_cores or '?'} logical"
     rows = [
-        ("system", f"{found.os} on {found.machine}" + (f", {_plain(found.board)}" if found.board else "")),
-        ("CPU", _plain(found.cpu or "unknown")),
+        ("system", f"{found.os} on {found.machine}" + (f", {plain(found.board)}" if found.board else "")),
+        ("CPU", plain(found.cpu or "unknown")),
         ("cores", cores + (f", {found.allowed_cores} allowed" if found.allowed_cores else "")),
         ("features", ", ".join(found.isa) or "none that matter here"),
         ("RAM", show_bytes(found.ram_bytes) if found.ram_bytes else "unknown"),
         ("bandwidth", f"[bold]{bandwidth.gb_s:.1f} GB/s[/] [dim]({bandwidth.method}, {bandwidth.threads} threads)"),
         ("target", f"[bold cyan]{matched}" if matched else "no shipped target: use [bold cyan]--target host"),
     ]
-    return _panel(rows, "this machine")
+    return panel(rows, "this machine")
 
 
 def recipes_table(found: Sequence[Recipe]) -> Table:
@@ -597,11 +598,11 @@ def recipes_table(found: Sequence[Recipe]) -> Table:
         table.add_column(column)
     for recipe in found:
         stages = ", ".join(stage.name for stage in recipe.stage) or "none"
-        table.add_row(recipe.name, _plain(recipe.title), recipe.export.quant, stages)
+        table.add_row(recipe.name, plain(recipe.title), recipe.export.quant, stages)
     return table
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text from outside, so that its brackets are not taken for markup."""
     from rich.markup import escape
 

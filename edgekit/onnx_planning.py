@@ -16,7 +16,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnknownName
 from edgekit.forecast import Forecast, Workload, forecast
 from edgekit.planning import COMFORTABLE, Memory
-from edgekit.quant.nbits import NBits
+from edgekit.quant.nbits import NBits, data_bytes, tensor_sizes, worthwhile
 from edgekit.target import Target
 from edgekit.units import show_bytes
 
@@ -30,6 +30,7 @@ RUNTIME_OVERHEAD = 110 << 20
 _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|decoder)\.weight$")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|embeddings)\.weight$")
 _TABLES = re.compile(r"(^|\.)\w*(position|token_type)\w*_embeddings?\.weight$|(^|\.)wpe\.weight$")
+_QKV = re.compile(r"(\.)[qkv]_proj(\.weight|\.bias)$")
 _UNUSED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias)$")
 _PRETRAINING = re.compile(r"(^|\.)(pooler|cls|lm_head|mlm|vocab_\w+|discriminator_predictions|decoder|head)\.")
 
@@ -80,13 +81,18 @@ ENCODERS: Mapping[str, Variant] = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One weight of the checkpoint as the artefact holds it. `format`: `int8 b32`, `int4 b32`, `fp32` ..."""
+    """One weight as the artefact holds it. `format`: `int8 b32`, `int4 b32 asym`, `fp32` ...; `sizes`: bytes of each
+    tensor that it becomes."""
 
     name: str
     shape: tuple[int, ...]
     place: Place
     format: str
-    nbytes: int
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +207,24 @@ def stored_weights(checkpoint: Checkpoint, variant: Variant, shape: Shape) -> tu
     """Every weight that reaches the artefact, in the format that `variant` gives it."""
     tied = shape.causal and _is_tied(checkpoint)
     found = []
-    for name, ref in checkpoint.tensors.items():
+    for name, dims in _joined(checkpoint, pack=shape.causal).items():
         if _UNUSED.search(name) or (not shape.causal and _PRETRAINING.search(name)):
             continue
-        place = place_of(name, ref.shape, tied=tied)
+        place = place_of(name, dims, tied=tied)
         if tied and place == "head" and _HEADS.search(name):
             continue  # the same matrix a second time
-        found.append(_stored(name, ref.shape, place, variant, shape))
+        found.append(_stored(name, dims, place, variant, shape))
     return tuple(found)
+
+
+def _joined(checkpoint: Checkpoint, *, pack: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> shape; what a decoder's exporter lays side by side (queries, keys, values) as one."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, ref in checkpoint.tensors.items():
+        packed = _QKV.sub(r"\1qkv_proj\2", name) if pack else name
+        before = found.get(packed)
+        found[packed] = (before[0] + ref.shape[0], *ref.shape[1:]) if before else tuple(ref.shape)
+    return found
 
 
 def _is_tied(checkpoint: Checkpoint) -> bool:
@@ -217,15 +233,13 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     return not any(_HEADS.search(name) for name in checkpoint.tensors)
 
 
-def _stored(name: str, dims: Sequence[int], place: Place, variant: Variant, shape: Shape) -> Stored:
+def _stored(name: str, dims: tuple[int, ...], place: Place, variant: Variant, shape: Shape) -> Stored:
     fmt = _format_of(name, place, variant, shape.layers)
-    if fmt is None or len(dims) != 2:
-        return Stored(name, tuple(dims), place, "fp32", 4 * prod(dims))
-    rows, cols = dims
+    if fmt is None or len(dims) != 2 or not worthwhile(*dims):
+        return Stored(name, dims, place, "fp32", (4 * prod(dims),))
     if variant.kind != "nbits":  # one byte a weight, a scale and a zero point for each output channel
-        return Stored(name, tuple(dims), place, "int8", rows * cols + 5 * rows)
-    fitted = fmt.fitted(cols)
-    return Stored(name, tuple(dims), place, label(fitted), fitted.nbytes(rows, cols))
+        return Stored(name, dims, place, "int8", (prod(dims), 4 * dims[0], dims[0]))
+    return Stored(name, dims, place, label(fmt.fitted(dims[1])), tensor_sizes(*dims, fmt))
 
 
 def label(fmt: NBits) -> str:
@@ -317,7 +331,7 @@ def _one(
     stored = stored_weights(checkpoint, variant, shape)
     if shape.causal:
         stored += _rope_tables(shape, context)
-    data = sum(s.nbytes for s in stored)
+    data = data_bytes(size for s in stored for size in s.sizes)
     memory = Memory(
         weights=data,
         twice=0,
