@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from edgekit.onnx_planning import OnnxPlan
     from edgekit.pipeline import Conversion
     from edgekit.planning import Memory, Plan
+    from edgekit.quality import Comparison
     from edgekit.recipe import Recipe
+    from edgekit.similarity import Agreement
     from edgekit.target import Target
     from edgekit.tasks import Score
 
@@ -405,11 +407,29 @@ SHOWN = 6
 
 def evaluation_screen(found: Evaluation) -> RenderableType:
     """Perplexities, divergence with its floor, changed answers and task scores, every figure with its error."""
-    c = found.comparison
     size = f" [dim]({show_bytes(found.nbytes)})"
     rows = [("model", f"[bold]{plain(found.artifact)}[/]{size}")]
     rows.append(("against", f"{plain(found.reference)}{' [dim](stored)' if found.kind == 'stored' else ''}"))
-    rows.append(("text", f"{plain(found.text)}: {c.tokens:,} tokens scored in {c.chunks} chunks of {c.n_ctx}"))
+    if found.embeddings:
+        rows += _embedding_rows(found.embeddings, found.text)
+    if found.comparison:
+        rows += _divergence_rows(found, found.comparison)
+    if found.flips:
+        rows += _flip_rows(found.flips)
+    rows += _task_rows(found.tasks, found.reference_tasks)
+    return panel(rows, "eval")
+
+
+def _embedding_rows(a: Agreement, text: str) -> list[tuple[str, str]]:
+    return [
+        ("text", f"{plain(text)}: {a.texts} sentences, vectors of {a.width}"),
+        ("cosine", f"[bold]{a.cosine_mean:.5f}[/] ± {a.cosine_stderr:.5f} mean, {a.cosine_min:.5f} lowest"),
+        ("ranking", f"[bold]{a.spearman:.5f}[/] Spearman over the {a.pairs:,} pairs of sentences"),
+    ]
+
+
+def _divergence_rows(found: Evaluation, c: Comparison) -> list[tuple[str, str]]:
+    rows = [("text", f"{plain(found.text)}: {c.tokens:,} tokens scored in {c.chunks} chunks of {c.n_ctx}")]
     rows.append(("perplexity", f"{c.ppl_candidate:.4f} ± {c.ppl_candidate_stderr:.4f}"))
     rows.append(("", f"[dim]{c.ppl_reference:.4f} ± {c.ppl_reference_stderr:.4f} the reference's[/]"))
     rows.append(("", f"ln ratio {c.ln_ratio:+.5f} ± {c.ln_ratio_stderr:.5f}"))
@@ -423,10 +443,7 @@ def evaluation_screen(found: Evaluation) -> RenderableType:
         rows.append(("own noise", f"{j.kl_mean:.1e} ± {j.kl_stderr:.0e}, top-1 {j.top1:.2%} [dim]({j.method})"))
     rows.append(("top-1", f"[bold]{c.top1:.2%}[/] ± {c.top1_stderr:.2%} of tokens are the reference's choice"))
     rows.append(("Δp", f"mean {c.delta_p_mean:+.3%} ± {c.delta_p_mean_stderr:.3%}, RMS {c.delta_p_rms:.3%}"))
-    if found.flips:
-        rows += _flip_rows(found.flips)
-    rows += _task_rows(found.tasks, found.reference_tasks)
-    return panel(rows, "eval")
+    return rows
 
 
 def _flip_rows(found: Flips) -> list[tuple[str, str]]:

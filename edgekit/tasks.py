@@ -165,7 +165,7 @@ def harness_model(session: Session, *, progress: Progress = silent) -> Any:
 
         @property
         def tokenizer_name(self) -> str:
-            return "gguf"
+            return "edgekit"
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return _encode(session, string, add_special_tokens)
@@ -199,9 +199,11 @@ def harness_model(session: Session, *, progress: Progress = silent) -> Any:
 
 def _end_token(session: Session) -> int:
     """The end-of-sequence token of the vocabulary, or BOS where the file names none."""
-    stated = session.metadata().get("tokenizer.ggml.eos_token_id", "")
-    if stated.isdigit() and int(stated) < session.n_vocab:
-        return int(stated)
+    facts = session.metadata()
+    for key in ("tokenizer.ggml.eos_token_id", "config.eos_token_id", "genai.model.eos_token_id"):
+        stated = facts.get(key, "")
+        if stated.isdigit() and int(stated) < session.n_vocab:
+            return int(stated)
     return session.bos if session.bos is not None else 0
 
 
