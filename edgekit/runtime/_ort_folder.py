@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.errors import CorruptCheckpoint, EdgekitError
+from edgekit.onnx_file import OnnxFile
 from edgekit.units import show_bytes
 
 GENAI = "genai_config.json"
@@ -20,6 +21,7 @@ GRAPHS = ("model.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
 
 _LARGEST = 16 << 20
 _MOST_TOKENS = 1 << 24
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_sequence_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,10 @@ def _folder(root: Path, graph: Path) -> Folder:
 def _inside(root: Path, name: object) -> Path:
     """A file that genai_config.json names: it may not lead out of its folder."""
     if not isinstance(name, str) or not name or not (root / name).resolve().is_relative_to(root.resolve()):
-        raise CorruptCheckpoint(f"{root / GENAI}: the decoder's filename is {name!r}, no file of this folder")
+        raise CorruptCheckpoint(
+            f"{root / GENAI}: the decoder's filename is {name!r}, no file of this folder",
+            "convert it again, or copy the whole folder again",
+        )
     return root / name
 
 
@@ -108,6 +113,25 @@ def decoder_facts(folder: Folder) -> DecoderFacts:
         stops=_ids(model.get("eos_token_id"), n_vocab),
         threads=threads if isinstance(threads, int) and 0 < threads <= 512 else None,
         providers=_providers(options.get("provider_options")),
+    )
+
+
+def cached_facts(folder: Folder, graph: OnnxFile) -> DecoderFacts:
+    """As `decoder_facts` where there is no genai_config.json: from graph and config.json. Raises CorruptCheckpoint."""
+    where, config = folder.root / "config.json", folder.config
+    logits = next(v for v in graph.outputs if v.name == "logits")
+    width = logits.shape[-1] if logits.shape else None
+    length = next((config[key] for key in _LENGTHS if config.get(key)), None)
+    generation = read_object(folder.root / "generation_config.json") or {}
+    stops = generation.get("eos_token_id", config.get("eos_token_id"))
+    n_vocab = _count(width if isinstance(width, int) else config.get("vocab_size"), where, "vocab_size")
+    return DecoderFacts(
+        n_vocab=n_vocab,
+        context=_count(length, where, "max_position_embeddings"),
+        planned=0,
+        stops=_ids(stops, n_vocab),
+        threads=None,
+        providers=(),
     )
 
 

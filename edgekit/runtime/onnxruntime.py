@@ -1,4 +1,5 @@
-"""ONNX models: decoders through onnxruntime-genai, encoders through onnxruntime, text by the model's own tokenizer.
+"""ONNX models: decoders through onnxruntime-genai; encoders, and decoders without a genai_config.json, through
+onnxruntime; text by the model's own tokenizer.
 
 Knows contexts, sampling and notes; knows no recipe and no metric.
 """
@@ -18,8 +19,9 @@ from edgekit.host import Host, detect, usable_cores
 from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
 from edgekit.runtime import Logits, Timings
 from edgekit.runtime._common import Spent, Tokens, checked, room_for
+from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_encoder import EncoderSession
-from edgekit.runtime._ort_folder import DecoderFacts, Folder, decoder_facts, find
+from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find
 from edgekit.runtime._ort_genai import Decoder, Settings
 from edgekit.runtime._ort_library import onnxruntime, wanted
 from edgekit.runtime._ort_vocabulary import Vocabulary
@@ -47,7 +49,8 @@ class DecoderSession:
         self._notes = tuple(notes)
         self._turn = 0
         self.finish_reason = ""
-        self._decoder: Decoder | None = Decoder(folder.graph, facts.n_vocab, settings, self._spent)
+        self._engine: type[Decoder | Cached] = Cached if folder.genai is None else Decoder
+        self._decoder: Decoder | Cached | None = self._engine(folder.graph, facts.n_vocab, settings, self._spent)
         self._load_ms = self._decoder.load_ms
 
     @property
@@ -248,7 +251,7 @@ class DecoderSession:
         if turn != self._turn:
             raise RuntimeFailed("another call has used the session meanwhile", "finish one iteration before the next")
 
-    def _graph(self, *, all_positions: bool = False) -> Decoder:
+    def _graph(self, *, all_positions: bool = False) -> Decoder | Cached:
         """The graph that generates, or the one that gives every position's logits; the other is closed first."""
         apart = all_positions and self.folder.all_positions.is_file()
         path = self.folder.all_positions if apart else self.folder.graph
@@ -257,7 +260,7 @@ class DecoderSession:
                 _checked_graph(path)
             if self._decoder:
                 self._decoder.close()
-            self._decoder = Decoder(path, self.n_vocab, self._settings, self._spent)
+            self._decoder = self._engine(path, self.n_vocab, self._settings, self._spent)
             self._load_ms += self._decoder.load_ms
         return self._decoder
 
@@ -289,12 +292,12 @@ def open_session(
     folder = find(Path(path))
     graph = _checked_graph(folder.graph)
     notes = slow_here(graph, detect())
-    if folder.genai is None:
+    if folder.genai is None and not takes_cache(graph):
         cores = threads or usable_cores()
         return EncoderSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
     if embeddings:
         raise RuntimeFailed(f"{folder.root.name} writes text and gives no vectors", "convert an embedding model")
-    facts = decoder_facts(folder)
+    facts = cached_facts(folder, graph) if folder.genai is None else decoder_facts(folder)
     size, shortened = _context(n_ctx, facts)
     settings = Settings(size, threads or _threads(facts), _no_providers(facts) if asked is None else asked)
     return DecoderSession(folder, facts, settings, notes=(*notes, *shortened))
