@@ -44,6 +44,11 @@ class Verify(StrEnum):
     full = "full"
 
 
+class Certify(StrEnum):
+    quick = "quick"
+    full = "full"
+
+
 class Effort(StrEnum):
     low = "low"
     normal = "normal"
@@ -343,6 +348,26 @@ def evaluate(
     else:
         console.show_warnings(found.notes)
         console.out().print(console.evaluation_screen(found))
+
+
+@app.command()
+def certify(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder made by `edgekit convert`.")],
+    against: Annotated[str, typer.Option("--against", "-a", metavar="MODEL", help="The model it was made from.")],
+    level: Annotated[Certify, typer.Option("--level", help="full also measures the divergence.")] = Certify.quick,
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """Prove an artefact again: its files, its source, tensors, tokens, prompts, numbers. Exit code 4 if one differs."""
+    from edgekit import certification, console
+
+    with console.progress_bars(quiet=json_) as progress:
+        found = certification.certify(artifact, against, level=level, threads=threads, progress=progress)
+    if json_:
+        _print_json(found.as_json())
+    else:
+        console.show_warnings(found.certificate.warnings)
+        console.out().print(console.certification_screen(found))
 
 
 @app.command()

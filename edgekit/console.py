@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from edgekit.benchmark import BenchResult, Measurement
+    from edgekit.certification import Certification
     from edgekit.diagnosis import Finding
     from edgekit.evaluation import Evaluation
     from edgekit.flips import Answer, Flips
@@ -482,6 +483,20 @@ def _task_rows(scores: Sequence[Score], reference: Sequence[Score]) -> list[tupl
 
 def _score(score: Score) -> str:
     return f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
+
+
+def certification_screen(found: Certification) -> RenderableType:
+    """Every check that held, and the divergence where it was measured."""
+    rows = [
+        ("artefact", f"[bold]{plain(found.artifact)}[/] [dim]({found.format})"),
+        ("made from", plain(found.against)),
+    ]
+    lines = [plain(check.detail) for check in found.certificate.checks]
+    against: Mapping[str, Any] = found.certificate.figures.get("against_source", {})
+    if "kl_mean" in against:
+        lines[-1] = f"KL divergence {against['kl_mean']:.5f} ± {against['kl_stderr']:.5f}, top-1 {against['top1']:.2%}"
+    rows += [("proof" if i == 0 else "", f"[green]✓[/] {line}") for i, line in enumerate(lines)]
+    return panel(rows, "certified")
 
 
 # --- files, machines, targets ----------------------------------------------------------------------------------------
