@@ -18,8 +18,9 @@ import numpy as np
 from edgekit import chat, corpus
 from edgekit.errors import EdgekitError, VerificationFailed
 from edgekit.imatrix_file import Imatrix, open_imatrix, write_imatrix
-from edgekit.runtime import Session, activations
-from edgekit.runtime.llama_cpp import LlamaSession
+from edgekit.runtime import Session, activations, parallel
+from edgekit.runtime.llama_cpp import LlamaSession, Sampling
+from edgekit.runtime.moments import Moment
 from edgekit.units import Progress, silent
 
 CHUNK = 512
@@ -27,6 +28,9 @@ CHUNK = 512
 
 SHORTEST = 256
 """Tokens below which a calibration text says too little to be used."""
+
+SHORT = 16
+"""Tokens below which a text that the model wrote is left out: an opening and no more."""
 
 FEW = 32
 """Tokens that a matrix or expert must have seen for its importance to mean something."""
@@ -171,25 +175,23 @@ def _enough(chunks: Iterator[tuple[int, ...]], name: str) -> list[tuple[int, ...
 
 
 def write_text(
-    session: Session, template: chat.Template | None, tokens: int, *, seed: int = 0, progress: Progress = silent
+    session: LlamaSession, template: chat.Template | None, tokens: int, *, seed: int = 0, progress: Progress = silent
 ) -> Text:
     """About `tokens` tokens that the model writes itself: sampled at temperature 1, so that it says what it believes.
 
     Texts begin with a question in the model's template, and every other one with a few words of the built-in prose:
-    a model without a template gets only those. The same seed gives the same text.
+    a model without a template gets only those. Many are written at once. The same seed gives the same text.
     """
-    chunks: list[tuple[int, ...]] = []
-    done = number = 0
-    while done < tokens:
-        prompt = _opening(session, template, number)
-        room = min(CHUNK, session.n_ctx, tokens - done + len(prompt)) - len(prompt)
-        written = session.generate(
-            prompt, max(8, room), temperature=1.0, top_k=0, top_p=1.0, min_p=0.02, seed=seed + number
-        )
-        chunk = (*prompt, *written)
-        chunks.append(chunk)
-        done, number = done + len(chunk), number + 1
-        progress("write text", min(done, tokens), tokens)
+    sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.02, repeat_penalty=1.0, seed=seed)
+    chunks = parallel.write(
+        session,
+        lambda number: _opening(session, template, number),
+        tokens,
+        sampling,
+        length=min(CHUNK, session.n_ctx),
+        shortest=SHORT,
+        progress=progress,
+    )
     return Text(f"self, seed {seed}", tuple(chunks))
 
 
@@ -212,7 +214,7 @@ class Calibrated:
     """What reading gave: the importance matrix, and second moments for the names asked for, float32 (cols, cols)."""
 
     imatrix: Imatrix
-    moments: Mapping[str, activations.Moment]
+    moments: Mapping[str, Moment]
     tokens: int
     warnings: tuple[str, ...] = ()
 

@@ -17,13 +17,14 @@ from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.runtime import _ggml_tensor as ggml
 from edgekit.runtime._llama_library import library
 from edgekit.runtime.llama_cpp import Context, ContextSettings, LlamaSession, Model, open_model
-from edgekit.units import Progress, silent
+from edgekit.runtime.moments import Moment, Moments
+from edgekit.units import MIB, Progress, silent
 
 Sums = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
-Moment = npt.NDArray[np.float32]
 
 _BATCH = 512  # tokens a graph: one graph a call, so that a tensor's address names one value
+_OUTPUT_BUDGET = 128 * MIB  # of logits, which every token of a batch has: large vocabularies take smaller batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +64,15 @@ def collect(
     The file should be unquantised (F32, F16, BF16) or Q8_0; the figures are those of the running model. All rows of
     the last layer and of the output matrix are included; the latter appears as `token_embd.weight` when it is tied.
     Unlike llama-imatrix, fewer than 16 tokens are summed too. `moments` names the matrices whose full second moment is
-    wanted; they take 4 cols² bytes for each distinct input, in memory or, with `spill`, in files of that folder.
+    wanted; they take 4 cols² bytes for each distinct input, in memory or, with `spill`, in files of that folder, of
+    which only one is held in memory at a time where all of them would be too much (see edgekit.runtime.moments).
     The memory of a session is not touched. Raises RuntimeFailed (an unknown engine, a value that is not finite),
     EdgekitError for chunks that are empty or names in `moments` that met no matrix.
     """
     wanted = frozenset(moments or ())
     total, longest = _measure(chunks)
     with _opened(source) as model:
-        collector = _Collector(model.path.name, wanted, spill)
+        collector = _Collector(model.path.name, wanted, Moments(spill))
         context = _context(model, longest, threads, collector)
         try:
             done = 0
@@ -80,6 +82,7 @@ def collect(
                 progress("calibrate", done, total)
         finally:
             context.close()
+        collector.moments.finish()
     if missing := sorted(wanted - collector.moments.keys()):
         raise EdgekitError(
             f"no matrix named {missing[0]} was used by {model.path.name}"
@@ -108,7 +111,7 @@ def _opened(source: LlamaSession | Model | str | Path) -> Iterator[Model]:
 
 
 def _context(model: Model, longest: int, threads: int | None, collector: _Collector) -> Context:
-    batch = min(_BATCH, longest)
+    batch = min(_BATCH, longest, max(64, _OUTPUT_BUDGET // (4 * model.n_vocab)))
     # every row is wanted from the last layer on, so every row must be an output
     settings = ContextSettings(longest, threads, batch, batch, outputs=batch)
     ggml.functions()
@@ -137,10 +140,9 @@ class _Collector:
 
     file: str
     wanted: frozenset[str]
-    spill: Path | None
+    moments: Moments
     sums: dict[str, Sums] = field(default_factory=dict)
     counts: dict[str, Counts] = field(default_factory=dict)
-    moments: dict[str, Moment] = field(default_factory=dict)
     failure: EdgekitError | None = None
     _leaders: dict[str, str] = field(default_factory=dict)
     _inputs: dict[tuple[int, ...], str] = field(default_factory=dict)
@@ -176,10 +178,14 @@ class _Collector:
         if self._leaders.setdefault(name, leader) != leader:
             raise RuntimeFailed(f"{self.file}: {name} changed its input between two graphs", "report this model")
         if leader != name:  # measured already: the scheduler asks on only after it has called for a wanted node
-            for table in (self.sums, self.counts, self.moments):
-                if leader in table:
-                    table[name] = table[leader]  # type: ignore[assignment]
+            self._share(name, leader)
         return leader == name
+
+    def _share(self, name: str, leader: str) -> None:
+        if leader in self.sums:
+            self.sums[name], self.counts[name] = self.sums[leader], self.counts[leader]
+        if leader in self.moments and name not in self.moments:
+            self.moments.share(name, leader)
 
     def _measure(self, node: ggml.Tensor) -> bool:
         weight = ggml.read(node.src[0])
@@ -215,20 +221,12 @@ class _Collector:
             self.sums[name] = np.zeros(cols if parts[0] == 1 else (parts[0], cols))
             self.counts[name] = np.zeros(parts[1], np.int64)
             if name in self.wanted:
-                self.moments[name] = self._room((cols, cols) if parts[0] == 1 else (parts[0], cols, cols))
+                self.moments.begin(name, (cols, cols) if parts[0] == 1 else (parts[0], cols, cols))
         self.sums[name].reshape(-1, cols)[part] += np.square(rows).sum(axis=0, dtype=np.float64)
         if parts[1] > 1 or part == 0:
             self.counts[name][part] += len(rows)
         if name in self.wanted:
-            rows = np.ascontiguousarray(rows)
-            moment = self.moments[name].reshape(-1, cols, cols)[part]
-            moment += rows.T @ rows  # the same array twice: numpy calls syrk, half the work of gemm
-
-    def _room(self, shape: tuple[int, ...]) -> Moment:
-        if self.spill is None:
-            return np.zeros(shape, np.float32)
-        path = self.spill / f"moment-{len(list(self.spill.iterdir()))}.npy"
-        return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+            self.moments.add(name, part, rows)
 
 
 def _plain_name(name: bytes) -> str:

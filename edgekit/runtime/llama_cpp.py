@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.chat import Template
 from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.host import detect
@@ -107,6 +108,18 @@ class Model:
         text = self._api.llama_model_chat_template(self.handle, None)
         return None if text is None else str(text, "utf-8", "replace")
 
+    def template(self) -> Template | None:
+        """The chat template with the texts of the special tokens that the file itself names, or None."""
+        if self.chat_template is None:
+            return None
+        facts, specials = self.metadata(), {}
+        for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+            index = facts.get(f"tokenizer.ggml.{key}_token_id", "")
+            if index.isdecimal() and int(index) < self.n_vocab:
+                text = self._api.llama_vocab_get_text(self._vocab, int(index))
+                specials[f"{name}_token"] = str(text, "utf-8", "replace")
+        return Template(self.chat_template, specials)
+
     def is_end(self, token: int) -> bool:
         """Whether `token` ends a generation: any of EOS, EOT, EOM ... (llama_vocab_is_eog)."""
         return bool(self._api.llama_vocab_is_eog(self._vocab, token))
@@ -183,7 +196,8 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class ContextSettings:
     """How a context is made. `n_ctx` 0: what the model was trained with. `outputs`: most rows of logits from one batch,
-    0 = as many as fit in 64 MiB. `threads` None: the cores worth using that this process may have."""
+    0 = as many as fit in 64 MiB. `threads` None: the cores worth using that this process may have. `sequences`: texts
+    side by side, each with an equal part of `n_ctx`."""
 
     n_ctx: int
     threads: int | None = None
@@ -195,6 +209,7 @@ class ContextSettings:
     outputs: int = 0
     embeddings: bool = False
     pooling: str | None = None
+    sequences: int = 1
 
 
 class Context:
@@ -226,7 +241,7 @@ class Context:
             attach_threadpool(handle, pool)
         self.n_batch = min(self.n_batch, api.llama_n_batch(handle))
         batch = api.llama_batch_init(self.n_batch, 0, 1)
-        self._batch = _Batch(batch, self.n_batch)
+        self._batch = _Batch(batch, self.n_batch, side_by_side=settings.sequences > 1)
         self._finalizer = weakref.finalize(self, _free_context, handle, pool, batch, model)
 
     @property
@@ -239,7 +254,18 @@ class Context:
     def decode(self, tokens: Tokens, position: int, first_output: int) -> None:
         """Run at most `n_batch` tokens at positions from `position` on; rows of logits are kept from index
         `first_output` of `tokens` on. Raises RuntimeFailed."""
-        batch = self._batch.fill(tokens, position, first_output)
+        positions = np.arange(position, position + len(tokens), dtype=np.int32)
+        self._run(tokens, positions, first_output)
+
+    def advance(self, tokens: Tokens, positions: Tokens) -> None:
+        """Run one token of every sequence: number i is at `positions[i]` of sequence i, and its logits are row i.
+
+        For contexts of several sequences. Raises RuntimeFailed.
+        """
+        self._run(tokens, positions, 0)
+
+    def _run(self, tokens: Tokens, positions: Tokens, first_output: int) -> None:
+        batch = self._batch.fill(tokens, positions, first_output)
         library().log.clear()
         start = perf_counter()
         status = self._api.llama_decode(self.handle, batch)
@@ -248,7 +274,8 @@ class Context:
         if status != 0:
             said = library().log.reason()
             why = _DECODE_ERRORS.get(status, f"llama_decode returned {status}")
-            raise RuntimeFailed(f"{why} at position {position}" + (f": {said}" if said else ""), "try a smaller prompt")
+            at = int(positions[0])
+            raise RuntimeFailed(f"{why} at position {at}" + (f": {said}" if said else ""), "try a smaller prompt")
 
     def append(self, tokens: Sequence[int], step: int) -> None:
         """Run `tokens`, `step` at a time, behind what memory holds; of each batch the last row of logits is kept.
@@ -288,6 +315,10 @@ class Context:
             self._api.llama_memory_clear(memory, False)
             return True
         return bool(self._api.llama_memory_seq_rm(memory, 0, position, -1))
+
+    def forget_sequence(self, sequence: int) -> None:
+        """Drop everything that one of several sequences holds."""
+        self._api.llama_memory_seq_rm(self._api.llama_get_memory(self.handle), sequence, -1, -1)
 
     def first_kept(self) -> int:
         """The first position still in memory (later than 0 for sliding windows), -1 if there is none."""
@@ -335,6 +366,14 @@ class LlamaSession:
     @property
     def chat_template(self) -> str | None:
         return self.model.chat_template
+
+    @property
+    def template(self) -> Template | None:
+        return self.model.template()
+
+    @property
+    def encoder(self) -> bool:
+        return self._embeddings
 
     def metadata(self) -> Mapping[str, str]:
         return self.model.metadata()
@@ -397,11 +436,11 @@ class LlamaSession:
         ids = self._admitted(tokens)
         if not len(ids):
             raise RuntimeFailed("there is no token to continue from", "give a prompt, or the BOS token")
-        chain = _Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        chain = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
         limit = min(max_tokens, self.n_ctx - len(ids))
         return self._run_generate(ids, limit, chain, TextStream(stop), self._take_turn(forget=False))
 
-    def _run_generate(self, ids: Tokens, limit: int, sampling: _Sampling, text: TextStream, turn: int) -> Iterator[int]:
+    def _run_generate(self, ids: Tokens, limit: int, sampling: Sampling, text: TextStream, turn: int) -> Iterator[int]:
         self.finish_reason = "length"
         if limit <= 0:
             return
@@ -542,7 +581,9 @@ class LlamaSession:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sampling:
+class Sampling:
+    """How the next token is drawn: llama.cpp's own chain, see `LlamaSession.generate`."""
+
     temperature: float
     top_k: int
     top_p: float
@@ -593,21 +634,21 @@ class _Spent:
 
 
 class _Batch:
-    """A `llama_batch` of one sequence, and numpy views of its arrays."""
+    """A `llama_batch` of one sequence, or of one token of each sequence; and numpy views of its arrays."""
 
-    def __init__(self, batch: Any, room: int) -> None:
+    def __init__(self, batch: Any, room: int, *, side_by_side: bool) -> None:
         self._batch = batch
         self._tokens = np.ctypeslib.as_array(batch.token, (room,))
         self._positions = np.ctypeslib.as_array(batch.pos, (room,))
         self._wanted = np.ctypeslib.as_array(batch.logits, (room,))
         np.ctypeslib.as_array(batch.n_seq_id, (room,))[:] = 1
         for i in range(room):
-            batch.seq_id[i][0] = 0
+            batch.seq_id[i][0] = i if side_by_side else 0
 
-    def fill(self, tokens: Tokens, position: int, first_output: int) -> Any:
+    def fill(self, tokens: Tokens, positions: Tokens, first_output: int) -> Any:
         n = len(tokens)
         self._tokens[:n] = tokens
-        self._positions[:n] = np.arange(position, position + n)
+        self._positions[:n] = positions
         self._wanted[:n] = np.arange(n) >= first_output
         self._batch.n_tokens = n
         return self._batch
@@ -696,6 +737,7 @@ def _context_params(model: Model, settings: ContextSettings, threads: int) -> An
     params = api.llama_context_default_params()
     params.n_ctx = settings.n_ctx
     params.n_batch, params.n_ubatch = settings.n_batch, settings.n_ubatch
+    params.n_seq_max = settings.sequences
     if settings.embeddings:  # encoders see the whole text at once
         params.n_batch = params.n_ubatch = settings.n_ctx or model.n_ctx_train
     most = settings.outputs or max(1, _OUTPUT_BUDGET // (4 * model.n_vocab))
