@@ -330,7 +330,7 @@ def _one(
 ) -> OnnxPlan:
     stored = stored_weights(checkpoint, variant, shape)
     if shape.causal:
-        stored += _rope_tables(shape, context)
+        stored += _rope_tables(checkpoint.config, shape, context)
     data = data_bytes(size for s in stored for size in s.sizes)
     memory = Memory(
         weights=data,
@@ -358,11 +358,20 @@ def _one(
     )
 
 
-def _rope_tables(shape: Shape, context: int) -> tuple[Stored, ...]:
-    half = shape.head_dim // 2
-    return tuple(
-        Stored(name, (context, half), "rope", "fp32", 4 * context * half) for name in ("cos_cache", "sin_cache")
+def _rope_tables(config: Mapping[str, Any], shape: Shape, context: int) -> tuple[Stored, ...]:
+    """Cosines and sines of every position, float32; one pair more where sliding layers rotate at another speed."""
+    if config.get("position_embedding_type", "rope") != "rope":
+        return ()
+    ropes = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    per_layer = isinstance(ropes, Mapping) and {"full_attention", "sliding_attention"} <= ropes.keys()
+    sets = 2 if per_layer or config.get("rope_local_base_freq") else 1
+    part = config.get("partial_rotary_factor") or (
+        ropes.get("partial_rotary_factor") if isinstance(ropes, Mapping) else 0
     )
+    rotated = int(shape.head_dim * part) if isinstance(part, float) and 0 < part <= 1 else shape.head_dim
+    dims = (context, rotated // 2)
+    names = ("cos_cache", "sin_cache", "cos_cache_local", "sin_cache_local")[: 2 * sets]
+    return tuple(Stored(name, dims, "rope", "fp32", (4 * prod(dims),)) for name in names)
 
 
 def kv_bytes(shape: Shape, context: int) -> int:

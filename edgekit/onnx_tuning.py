@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekit import calibration, chat, reference
+from edgekit import calibration, reference
 from edgekit.export import onnx
 from edgekit.onnx_planning import OnnxPlan
+from edgekit.quality import Columns
 from edgekit.reference import CompactReference
 from edgekit.runtime.opening import open_session
-from edgekit.tuning import EFFORTS, Candidate, chance_no_better, split_texts
+from edgekit.tuning import EFFORTS, Candidate, chance_no_better
+from edgekit.tuning import _texts as split_texts
 from edgekit.units import Progress, silent
 
 Moments = Mapping[str, npt.NDArray[np.float32]]
@@ -39,7 +41,6 @@ class Outcome:
     """What is shipped, and why: every candidate, and the chance that the winner is no better than the plain form."""
 
     plan: OnnxPlan
-    graph: Path
     stored: onnx.Report
     candidates: tuple[Candidate, ...]
     doubt: float
@@ -51,7 +52,6 @@ class Outcome:
 def learn(
     source: Path,
     text: str | Path,
-    template: chat.Template | None,
     context: int,
     *,
     effort: str,
@@ -64,7 +64,7 @@ def learn(
     """
     tokens, held_out = EFFORTS[effort]
     with open_session(source, n_ctx=min(calibration.CHUNK, context), threads=threads) as session:
-        learned, judged = split_texts(session, text, template, tokens, held_out, progress)
+        learned, judged = split_texts(session, text, session.template, tokens, held_out, progress)
         judge = reference.record(session, judged.chunks, progress=progress)
     batches = [np.asarray(chunk, np.int64)[None] for chunk in learned.chunks]
     moments = onnx.observe(source / onnx.GRAPH, batches, progress=progress)
@@ -90,7 +90,15 @@ def choose(
     for number, (plan, moments) in enumerate(tried):
         place = folder / f"candidate-{number}"
         shutil.copytree(source, place, ignore=shutil.ignore_patterns("*.onnx", "*.data"))
-        stored = onnx.store(source / onnx.GRAPH, place / onnx.GRAPH, plan.variant, moments, threads, progress=progress)
+        stored = onnx.store(
+            source / onnx.GRAPH,
+            place / onnx.GRAPH,
+            plan.variant,
+            plan.shape.layers,
+            moments,
+            threads,
+            progress=progress,
+        )
         columns = _judged(place, known.judge, threads, progress)
         seen.append((place, stored, columns.kl, float(columns.same.mean())))
         better = number and columns.kl.mean() < seen[standing][2].mean()
@@ -111,15 +119,13 @@ def choose(
         )
         for number, ((plan, moments), (_, _, kl, top1)) in enumerate(zip(tried, seen, strict=True))
     )
-    place, stored, kl, _ = seen[standing]
+    _, stored, kl, _ = seen[standing]
     doubt = chance_no_better(kl, seen[0][2]) if standing else 1.0
     chosen = replace(tried[standing][0], why=_why(candidates))
-    return Outcome(
-        chosen, place / onnx.GRAPH, stored, candidates, doubt, known.text, known.tokens, known.judge.positions
-    )
+    return Outcome(chosen, stored, candidates, doubt, known.text, known.tokens, known.judge.positions)
 
 
-def _judged(place: Path, judge: CompactReference, threads: int, progress: Progress) -> reference.Columns:
+def _judged(place: Path, judge: CompactReference, threads: int, progress: Progress) -> Columns:
     with open_session(place, n_ctx=max(map(len, judge.chunks)), threads=threads) as session:
         return judge.columns(session, progress=progress)
 

@@ -87,7 +87,7 @@ def plan_source(source: OnnxSource, target: Target, options: Options) -> OnnxPla
         candidates=export.candidates if export.format == "onnx" else (),
     )
     checkpoint, engine = source.checkpoint, source.engine
-    return onnx_planning.plan(checkpoint, engine.task, target, wish, engine.build_bytes(checkpoint.parameters))
+    return onnx_planning.plan(checkpoint, engine.task, target, wish, engine.build_bytes)
 
 
 def _budget(source: OnnxSource, options: Options) -> int | None:
@@ -144,7 +144,6 @@ def _warnings(source: OnnxSource, decided: OnnxPlan) -> tuple[str, ...]:
 
 def _make(done: OnnxConversion, recipe: Recipe, options: Options, progress: Progress) -> OnnxConversion:
     from edgekit import onnx_verification
-    from edgekit.export import onnx
 
     threads = options.threads or usable_cores()
     level = options.verify or recipe.export.verify
@@ -152,19 +151,19 @@ def _make(done: OnnxConversion, recipe: Recipe, options: Options, progress: Prog
     with artifact.staging(done.out, force=options.force) as stage:
         with tempfile.TemporaryDirectory(prefix="work-", dir=stage) as temporary:
             work = Path(temporary)
-            graph = engine.build(checkpoint.root, work / "float32", progress=progress)
-            proof = onnx_verification.prove_export(
+            graph = engine.build(checkpoint.root, work / "float32", progress)
+            export = onnx_verification.prove_export(
                 graph, checkpoint.root, engine.task, done.plan, level=level, threads=threads, progress=progress
             )
-            done, report = _store(done, recipe, options, graph, stage, threads, progress)
-            onnx.ship(engine, graph.parent, stage, done.plan, progress=progress)
+            done, report = _store(done, recipe, options, graph, work, threads, progress)
+            engine.ship(graph.parent, report.graph, checkpoint.root, stage, done.plan, done.target.threads)
         certificate = onnx_verification.verify(
             stage,
             checkpoint.root,
             engine.task,
             done.plan,
             report,
-            proof,
+            export,
             level=level,
             threads=threads,
             progress=progress,
@@ -176,26 +175,26 @@ def _make(done: OnnxConversion, recipe: Recipe, options: Options, progress: Prog
 
 
 def _store(
-    done: OnnxConversion, recipe: Recipe, options: Options, graph: Path, stage: Path, threads: int, progress: Progress
+    done: OnnxConversion, recipe: Recipe, options: Options, graph: Path, work: Path, threads: int, progress: Progress
 ) -> tuple[OnnxConversion, Report]:
-    """The quantized graph in `stage`: stored at once, or chosen among candidates where there is text to learn from."""
+    """The quantized graph in `work`: stored at once, or chosen among candidates where there is text to learn from."""
     from edgekit.export import onnx
 
     wanted = options.calibration or recipe.export.calibration
-    out = stage / onnx.graph_name(done.source.engine.task)
-    if not done.plan.shape.causal or wanted == "none":
-        return done, onnx.store(graph, out, done.plan.variant, None, threads, progress=progress)
+    decided = done.plan
+    if decided.shape.causal:
+        onnx.cut_positions(graph, decided.context)
+    if not decided.shape.causal or wanted == "none":
+        place = work / "stored"
+        place.mkdir()
+        layers = decided.shape.layers
+        return done, onnx.store(graph, place / onnx.GRAPH, decided.variant, layers, None, threads, progress=progress)
     from edgekit import onnx_tuning
 
-    with tempfile.TemporaryDirectory(prefix="gate-", dir=stage) as temporary:
-        template = onnx.chat_template(graph.parent)
-        context = done.plan.shape.context
-        known = onnx_tuning.learn(
-            graph.parent, wanted, template, context, effort=options.effort, threads=threads, progress=progress
-        )
-        plans = _rivals(done, options)
-        outcome = onnx_tuning.choose(plans, known, graph.parent, Path(temporary), threads=threads, progress=progress)
-        onnx.move(outcome.graph, out)
+    known = onnx_tuning.learn(
+        graph.parent, wanted, decided.context, effort=options.effort, threads=threads, progress=progress
+    )
+    outcome = onnx_tuning.choose(_rivals(done, options), known, graph.parent, work, threads=threads, progress=progress)
     return replace(done, plan=outcome.plan, outcome=outcome), outcome.stored
 
 
@@ -220,12 +219,11 @@ def _card(done: OnnxConversion, certificate: Certificate) -> str:
 
 
 def _manifest(done: OnnxConversion, certificate: Certificate, recipe: Recipe, report: Report) -> Mapping[str, Any]:
-    from edgekit.export import onnx
 
     checkpoint = done.source.checkpoint
     packages = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxscript", "optimum", "torch", "transformers")
     return {
-        "model_file": onnx.graph_name(done.source.engine.task),
+        "model_file": done.source.engine.graph_name,
         "format": "onnx",
         "task": done.plan.task,
         "engine": done.source.engine.name,

@@ -1,0 +1,8 @@
+"""ONNX artefacts: built by onnxruntime-genai, torch or optimum-onnx, quantized here, laid out for their runtimes."""
+
+from edgekit.export.onnx._engines import GRAPH, Engine, cut_positions, engine_for
+from edgekit.export.onnx._moments import observe
+from edgekit.export.onnx._quantize import Moments, Report
+from edgekit.export.onnx._storing import store
+
+__all__ = ["GRAPH", "Engine", "Moments", "Report", "cut_positions", "engine_for", "observe", "store"]
