@@ -146,6 +146,13 @@ def _modules(root: Path) -> list[tuple[str, str]]:
     return out
 
 
+def module_folders(root: Path) -> tuple[str, ...]:
+    """Folders of the modules behind the transformer that hold files, as modules.json names them. Raises as above."""
+    listed = _modules(root)
+    paths = [path for _, path in listed[1:]] if listed else ["1_Pooling"]
+    return tuple(path for path in paths if (root / path / "config.json").is_file())
+
+
 def _must_stay(path: str) -> None:
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or "\0" in path:
         raise CorruptCheckpoint(f"modules.json: path {path!r} points out of the model's folder")
