@@ -8,23 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit import artifact, folding, pipeline, verification
+from edgekit import artifact, folding, onnx_planning, pipeline, verification
 from edgekit.artifact import Artifact
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import CorruptCheckpoint, EdgekitError, VerificationFailed
 from edgekit.gguf_file import GgufFile, open_gguf
+from edgekit.host import usable_cores
 from edgekit.planning import Plan, Planned, with_formats
 from edgekit.quant import ggml
+from edgekit.quant.nbits import NBits
 from edgekit.target import Target
 from edgekit.units import Progress, show_bytes, silent
 from edgekit.verification import Certificate, Check
 
+if TYPE_CHECKING:
+    from edgekit.export.onnx import Report
+
 LEVELS = ("quick", "full")
+
+ONNX_PACKAGES = ("onnxruntime", "onnxruntime-genai", "torch", "transformers")
 
 _PIECE = 1 << 22  # values of a matrix that are compared at once
 
@@ -42,8 +49,8 @@ class Certification:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, with the versions that took part. One that failed is never made: it raises."""
-        found = asdict(self) | {"certified": True}
-        return found | {"versions": pipeline.versions()}
+        more = ONNX_PACKAGES if self.format == "onnx" else ("llama-cpp-python",)
+        return asdict(self) | {"certified": True, "versions": pipeline.versions(more)}
 
 
 def certify(
@@ -65,15 +72,13 @@ def certify(
         raise EdgekitError(f"{ref} is one file, without a manifest", "give the folder that `edgekit convert` made")
     made = artifact.open_artifact(Path(ref))
     checks = [_sealed(made, progress)]
-    kind = made.manifest.get("format", "gguf")
-    if kind == "gguf":
-        source = pipeline.open_source(against, progress=progress)
-        checks.append(_same_source(made, source.checkpoint))
-        certificate = _certify_gguf(made, source, level, threads, progress)
-    else:
+    kind = str(made.manifest.get("format", "gguf"))
+    if kind not in _PROOFS:
         raise CorruptCheckpoint(f"{made.root} is of format {kind!r}", "convert again")
+    checkpoint, certificate = _PROOFS[kind](made, against, level, threads, progress)
+    checks.append(Check("source", f"{checkpoint.name} has the digest that the manifest names"))
     proven = replace(certificate, checks=(*checks, *certificate.checks))
-    return Certification(made.root.resolve().name, source.checkpoint.name, str(kind), proven)
+    return Certification(made.root.resolve().name, checkpoint.name, kind, proven)
 
 
 def _sealed(made: Artifact, progress: Progress) -> Check:
@@ -87,7 +92,7 @@ def _sealed(made: Artifact, progress: Progress) -> Check:
     return Check("files", f"{len(files)} files, {total}, are those that were sealed (sha256)")
 
 
-def _same_source(made: Artifact, checkpoint: Checkpoint) -> Check:
+def _require_same_source(made: Artifact, checkpoint: Checkpoint) -> None:
     """The digest of the checkpoint is the manifest's: rounding may hide a fine-tune, the digest does not."""
     source = made.manifest.get("source")
     stated = source.get("digest") if isinstance(source, Mapping) else None
@@ -99,15 +104,16 @@ def _same_source(made: Artifact, checkpoint: Checkpoint) -> Check:
             f"{checkpoint.digest[:12]}",
             "give the very files it was made from; edgekit eval says how far it is from another model",
         )
-    return Check("source", f"{checkpoint.name} has the digest that the manifest names, {stated[:12]}")
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def _certify_gguf(
-    made: Artifact, source: pipeline.Source, level: str, threads: int | None, progress: Progress
-) -> Certificate:
+def _prove_gguf(
+    made: Artifact, against: str | Path, level: str, threads: int | None, progress: Progress
+) -> tuple[Checkpoint, Certificate]:
+    source = pipeline.open_source(against, progress=progress)
+    _require_same_source(made, source.checkpoint)
     file = open_gguf(made.model)
     formats, context = _stated_formats(made), _stated_context(made)
     decided = _planned(source, formats, context)
@@ -121,7 +127,7 @@ def _certify_gguf(
     found = verification.verify(
         made.model, decided, source.checkpoint, source.vocabulary, level=level, threads=threads, progress=progress
     )
-    return replace(found, warnings=(*notes, *found.warnings))
+    return source.checkpoint, replace(found, warnings=(*notes, *found.warnings))
 
 
 def _stated_formats(made: Artifact) -> dict[str, str]:
@@ -216,3 +222,49 @@ def _row_scales(path: Path, offset: int, tensor: Planned) -> Row:
         at += size
     found = np.concatenate(parts).astype(np.float32)
     return np.where(np.isfinite(found) & (found > 0), found, np.float32(1))
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def _prove_onnx(
+    made: Artifact, against: str | Path, level: str, threads: int | None, progress: Progress
+) -> tuple[Checkpoint, Certificate]:
+    from edgekit import onnx_verification
+
+    task, variant = made.manifest.get("task"), _plan_of(made).get("preset")
+    if not isinstance(task, str) or variant not in onnx_planning.variants(task):
+        raise _no_plan(made)
+    options = pipeline.Options(format="onnx", quant=str(variant), context=_stated_context(made), task=task)
+    source = pipeline.open_onnx(against, options, progress=progress)
+    _require_same_source(made, source.checkpoint)
+    decided = pipeline.plan_onnx(source, Target.load("host"), options)
+    certificate = onnx_verification.verify(
+        made.root, source.checkpoint.root, task, decided, _stated_report(made), level=level,
+        threads=threads or usable_cores(), progress=progress,
+    )  # fmt: skip
+    return source.checkpoint, certificate
+
+
+def _stated_report(made: Artifact) -> Report:
+    """What the quantizer did to every node, from the manifest. Raises CorruptCheckpoint."""
+    from edgekit.export.onnx._quantize import Left, Quantised, Report
+
+    try:
+        nodes = tuple(
+            Quantised(str(n["node"]), str(n["op"]), (int(n["shape"][0]), int(n["shape"][1])), _nbits(n["fmt"]), 0.0)
+            for n in made.manifest["nodes"]
+        )
+        left = tuple(Left(str(t["name"]), int(t["nbytes"]), str(t["reason"])) for t in made.manifest.get("left", ()))
+    except (KeyError, IndexError, TypeError, ValueError, EdgekitError):
+        raise _no_plan(made) from None
+    data = made.model.with_name(f"{made.model.name}.data")
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in (data, made.model)]
+    return Report(made.model, data, nodes, left, sizes[0], sizes[1])
+
+
+def _nbits(stated: Mapping[str, Any]) -> NBits:
+    return NBits(int(stated["bits"]), int(stated["block"]), symmetric=bool(stated["symmetric"]))
+
+
+_PROOFS = {"gguf": _prove_gguf, "onnx": _prove_onnx}

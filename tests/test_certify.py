@@ -77,8 +77,6 @@ def test_a_sound_artefact_is_certified_in_one_document_or_one_screen(made: Path,
     assert found["certified"] is True
     names = [check["name"] for check in found["certificate"]["checks"]]
     assert names == ["files", "source", "tensors", "tokens", "chat template", "numbers"]
-    manifest = artifact.open_artifact(made).manifest
-    assert manifest["source"]["digest"][:12] in found["certificate"]["checks"][1]["detail"]
     assert 0 < found["certificate"]["figures"]["tensor_error"]["Q4_K"] < 0.2
     shown = run(str(made), "--against", str(model))
     assert shown.returncode == 0, shown.stderr

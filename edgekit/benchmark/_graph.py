@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from edgekit.onnx_file import Node, OnnxFile
+from edgekit.onnx_file import Initializer, Node, OnnxFile
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _PASSED_ON = ("Reshape", "Transpose", "Identity", "Cast", "DequantizeLinear", "Squeeze", "Unsqueeze")
@@ -27,18 +27,24 @@ class Weights:
 
 
 def weights_of(file: OnnxFile) -> Weights:
-    """Counted over the graph's initializers. Packed matrices count as the N x K weights that their node states."""
+    """Counted over the graph's initializers, those that lie in the same bytes once. Packed matrices count as the N x K
+    weights that their node states."""
     users = _users(file)
-    counted: Counter[str] = Counter()
-    read = 0
+    stored: dict[tuple[str | None, int | str], list[Initializer]] = {}
     for name, tensor in file.initializers.items():
-        uses = users.get(name, ())
+        place = (tensor.file, tensor.offset) if tensor.file is not None else (None, name)
+        stored.setdefault(place, []).append(tensor)
+    counted: Counter[str] = Counter()
+    total = read = 0
+    for tensors in stored.values():
+        uses = tuple(use for t in tensors for use in users.get(t.name, ()))
+        nbytes = max(t.nbytes for t in tensors)
+        total += nbytes
         if not all(node.op in _LOOKED_UP and at == 0 for node, at in uses) and not _is_rotary(uses):
-            read += tensor.nbytes
-        format_, values = _values(uses, tensor.dtype, tensor.shape)
+            read += nbytes
+        format_, values = _values(uses, tensors[0].dtype, tensors[0].shape)
         counted[format_] += values
     formats = counted.most_common()
-    total = sum(t.nbytes for t in file.initializers.values())
     return Weights(counted.total(), total, read, formats[0][0] if formats else "fp32")
 
 

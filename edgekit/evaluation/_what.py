@@ -72,4 +72,6 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Plain values, with the versions that took part."""
         found = asdict(replace(self, flips=None))
-        return found | {"flips": self.flips.as_json() if self.flips else None, "versions": pipeline.versions()}
+        more = ("llama-cpp-python", *(("onnxruntime", "onnxruntime-genai") if self.engine == "onnx" else ()))
+        changed = self.flips.as_json() if self.flips else None
+        return found | {"flips": changed, "versions": pipeline.versions(more)}

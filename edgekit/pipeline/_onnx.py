@@ -239,6 +239,7 @@ def _manifest(done: OnnxConversion, certificate: Certificate, recipe: Recipe, re
         "recipe": recipe.model_dump(mode="json"),
         "plan": summary(done.plan, tensors=True),
         "nodes": [asdict(node) for node in report.nodes],
+        "left": [asdict(tensor) for tensor in report.left],
         "certificate": asdict(certificate),
         **learned(done.outcome),
         "warnings": list(done.warnings),
