@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgekit import chat, corpus
 from edgekit.embedding import Pooling, read_pooling
 from edgekit.errors import EdgekitError, VerificationFailed
-from edgekit.export.onnx import _bits, _predictions, _proof
+from edgekit.export.onnx import _bits, _predictions, _proof, _weights
 from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
 from edgekit.onnx_planning import GENERATION, OnnxPlan, Variant
 from edgekit.units import Progress, show_bytes, silent
@@ -38,10 +38,12 @@ _ENCODER_TOKENS = 512
 
 @dataclass(frozen=True)
 class Export:
-    """What is known of the float32 graph, and what the source predicts: kept while the graph itself goes."""
+    """What is known of the float32 graph, what the source predicts, and rows of every matrix: kept while the graph
+    itself goes. 256 KiB a matrix, and the logits of 64 positions twice."""
 
     proof: _proof.Proof
     known: _predictions.Predictions
+    rows: Mapping[str, _weights.Rows]
 
 
 def prove_export(
@@ -70,7 +72,7 @@ def prove_export(
     else:
         proof = _proof.judge_encoder(graph, known, _pooling(root, task), exact=True, threads=threads)
     progress("prove export", 2, 2)
-    return Export(proof, known)
+    return Export(proof, known, _weights.sample(graph))
 
 
 def predict(
@@ -140,6 +142,9 @@ def verify(
         checks.insert(0, Check("export", _exact_detail(export.proof.figures)))
         figures["export"] = asdict(export.proof.figures)
         notes += export.proof.warnings
+        if decided.variant.kind == "nbits":
+            figures["weight_error"] = _check_weights(graph, export, report)
+            checks.append(Check("weights", f"rows of {len(export.rows)} matrices decode to the source within rounding"))
     proof = _judge(graph, root, task, decided, known, threads)
     checks.append(Check("numbers", _numbers_detail(proof)))
     figures |= {"numbers": asdict(proof.figures), "expected": asdict(proof.expected) if proof.expected else None}
@@ -216,6 +221,11 @@ def _check_bits(file: OnnxFile, decided: OnnxPlan, report: Report | None) -> _bi
                 "convert again",
             )
     return found
+
+
+def _check_weights(graph: Path, export: Export, report: Report | None) -> dict[str, float]:
+    reported = {n.node: n.error for n in report.nodes} if report else {}
+    return _weights.check(open_onnx(graph), export.rows, reported)
 
 
 # --- tokens and prompts ----------------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def check_bits(
     """Hold every matrix against what was planned for it, and its data against what the node says of it.
 
     `expected`: a format, or only bits, for all nodes or by node name: then exactly those nodes; None: any. `plain`:
-    nodes, or tensors, that were left float32 on purpose. Raises VerificationFailed for other bits or blocks, data of another
-    size, scales that are not finite, a matrix of constant weights that stayed float32.
+    nodes, or tensors, that were left float32 on purpose. Raises VerificationFailed for other bits or blocks, data of
+    another size, scales that are not finite, a matrix of constant weights that stayed float32.
     """
     nodes = list(file.every_node())
     quantised = [n for n in nodes if n.op in ("MatMulNBits", "GatherBlockQuantized")]
