@@ -37,6 +37,9 @@ FAMILIES: Mapping[str, str] = {
 }
 """`model_type` -> its causal language model: the families whose logits equal transformers' in the tests."""
 
+POSITIONS: Mapping[str, int] = {"gpt2": 1024, "gpt_neox": 2048, "olmo2": 2048}
+"""Tokens of context where config.json names none: the defaults of transformers' config classes."""
+
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 PINNED = ("optimum", "optimum-onnx", "torch", "transformers")
@@ -63,9 +66,9 @@ def supported(config: Mapping[str, Any]) -> str | None:
         return f"{family} writes with two graphs, an encoder and a decoder: edgekit exports and runs models of one"
     if family not in FAMILIES:
         return f"optimum-onnx is tried for {', '.join(FAMILIES)} and not for {family}"
-    named = config.get("architectures") or [FAMILIES[family]]
-    if named[0] != FAMILIES[family]:
-        return f"{named[0]} is not a causal language model ({FAMILIES[family]})"
+    named = config.get("architectures")
+    if named and named != [FAMILIES[family]]:
+        return f"{named} is not a causal language model ({FAMILIES[family]})"
     if config.get("quantization_config"):
         return f"this {family} is quantized already: export the model that it was made from"
     return _unsupported_setting(family, config)
@@ -82,7 +85,7 @@ def _unsupported_setting(family: str, config: Mapping[str, Any]) -> str | None:
         return f"{changed[0]} = {config[changed[0]]!r} of {family} was not tried with optimum-onnx"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, Mapping) else rope
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         return f"rope type {kind!r} depends on the length of the text: a traced graph would keep that of the example"
     return None
 
@@ -198,8 +201,10 @@ def genai_config(graph: OnnxFile, config: Mapping[str, Any], folder: Path) -> di
     its model_type.h) is any decoder whose inputs and outputs are named here; every step makes a new cache."""
     shapes = {value.name: value.shape or () for value in graph.inputs}
     caches = [shape for name, shape in shapes.items() if name.startswith("past_key_values.") and name.endswith(".key")]
-    kv_heads, width = caches[0][1], caches[0][3]
-    length = next(config[key] for key in ("max_position_embeddings", "n_positions") if key in config)
+    kv_heads, width = (int(axis or 0) for axis in (caches[0][1], caches[0][3]))
+    heads = config.get("num_attention_heads") or config.get("n_head") or kv_heads
+    length = config.get("max_position_embeddings") or config.get("n_positions") or POSITIONS[config["model_type"]]
+    logits = next(value.shape or () for value in graph.outputs if value.name == "logits")
     generation = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     special = {
         key: generation.get(key, config.get(key))
@@ -210,7 +215,7 @@ def genai_config(graph: OnnxFile, config: Mapping[str, Any], folder: Path) -> di
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "model.onnx",
         "head_size": width,
-        "hidden_size": config.get("hidden_size", config.get("n_embd")),
+        "hidden_size": config.get("hidden_size") or config.get("n_embd") or heads * width,
         "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in shapes}
         | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
         "outputs": {
@@ -218,11 +223,11 @@ def genai_config(graph: OnnxFile, config: Mapping[str, Any], folder: Path) -> di
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-        "num_attention_heads": config.get("num_attention_heads", config.get("n_head")),
+        "num_attention_heads": heads,
         "num_hidden_layers": len(caches),
         "num_key_value_heads": kv_heads,
     }
-    model = {"type": "decoder", "context_length": length, "vocab_size": config["vocab_size"], "decoder": decoder}
+    model = {"type": "decoder", "context_length": length, "vocab_size": logits[-1], "decoder": decoder}
     search = {"max_length": length, "past_present_share_buffer": False, "do_sample": False, "num_beams": 1}
     return {"model": model | special, "search": search}
 
