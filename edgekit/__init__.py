@@ -9,8 +9,12 @@ The names below are loaded when they are first used, so that importing edgekit c
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Official builds of onnxruntime and onnxruntime-genai keep usage records unless this is set before they are loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from edgekit.benchmark import bench
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     from edgekit.generation import answer
     from edgekit.inspection import inspect
     from edgekit.pipeline import Options, convert, plan
-    from edgekit.runtime.llama_cpp import open_session as load
+    from edgekit.runtime.opening import open_session as load
     from edgekit.target import Target
 
 __all__ = ["EdgekitError", "Options", "Target", "answer", "bench", "convert", "inspect", "load", "plan"]
@@ -31,7 +35,7 @@ _WHERE = {
     "bench": ("edgekit.benchmark", "bench"),
     "convert": ("edgekit.pipeline", "convert"),
     "inspect": ("edgekit.inspection", "inspect"),
-    "load": ("edgekit.runtime.llama_cpp", "open_session"),
+    "load": ("edgekit.runtime.opening", "open_session"),
     "plan": ("edgekit.pipeline", "plan"),
 }
 

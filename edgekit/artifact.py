@@ -97,20 +97,30 @@ def _files_of(data: Any) -> Mapping[str, Any]:
     return files if sound else {}
 
 
+GRAPHS = ("model.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
+"""Where an ONNX graph lies in a folder: as onnxruntime-genai lays it out, then as transformers.js does."""
+
+
 def model_file(ref: str | Path) -> Path:
-    """The model file behind what a user typed: an artefact folder, or a `.gguf` itself."""
+    """The model file behind what a user typed: of an artefact folder or any folder with one model, or the file itself.
+
+    A `.gguf`, or the `.onnx` graph whose weights lie beside it. Raises EdgekitError, CorruptCheckpoint.
+    """
     path = Path(ref)
-    if path.is_dir():
-        if (path / MANIFEST).is_file():
-            return open_artifact(path).model
-        found = sorted(path.glob("*.gguf"))
-        if len(found) == 1:
-            return found[0]
-        what = "no .gguf file" if not found else f"{len(found)} .gguf files"
-        raise EdgekitError(f"{path} holds {what} and no {MANIFEST}", "name one file, or run `edgekit convert` first")
-    if not path.is_file():
-        raise EdgekitError(f"there is no {path}", "edgekit convert MODEL --target TARGET makes one")
-    return path
+    if not path.is_dir():
+        if not path.is_file():
+            raise EdgekitError(f"there is no {path}", "edgekit convert MODEL --target TARGET makes one")
+        return path
+    if (path / MANIFEST).is_file():
+        return open_artifact(path).model
+    graph = next((path / name for name in GRAPHS if (path / name).is_file()), None)
+    found = [*sorted(path.glob("*.gguf")), *([graph] if graph else sorted(path.glob("*.onnx")))]
+    if len(found) == 1:
+        return found[0]
+    what = (
+        "no .gguf and no .onnx file" if not found else f"{len(found)} models ({', '.join(p.name for p in found[:4])})"
+    )
+    raise EdgekitError(f"{path} holds {what} and no {MANIFEST}", "name one file, or run `edgekit convert` first")
 
 
 def keep(ref: str | Path, name: str, value: Any) -> Path:

@@ -1,6 +1,6 @@
-"""Answer one prompt with a GGUF: its chat template, its special tokens, text as it comes.
+"""Answer one prompt with a converted model: its chat template, its special tokens, text as it comes.
 
-Knows how a prompt is made out of what the file says; the sampling is the runtime's.
+Knows how a prompt is made out of what a session says; the sampling is the engine's.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from typing import Any
 
 from edgekit import chat
 from edgekit.errors import EdgekitError
-from edgekit.gguf_file import GgufFile, open_gguf
+from edgekit.gguf_file import GgufFile
 from edgekit.runtime import Session
-from edgekit.runtime.llama_cpp import open_session
-
-DEFAULT_CONTEXT = 4096
+from edgekit.runtime.opening import open_session
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The text, why it ended (`stop`, `length`), and what it took; times in seconds."""
+    """The text, why it ended (`stop`, `length`), and what it took; times in seconds. `notes`: what the engine told."""
 
     text: str
     finish_reason: str
@@ -31,6 +29,7 @@ class Answer:
     load_s: float
     first_token_s: float
     decode_tok_s: float
+    notes: tuple[str, ...] = ()
 
     def line(self) -> str:
         """One line of figures."""
@@ -59,18 +58,12 @@ def answer(
     """
     if not prompt.strip():
         raise EdgekitError("the prompt is empty", 'edgekit run ARTIFACT "What is a byte?"')
-    file = open_gguf(path)
-    if file.get(f"{file.get('general.architecture')}.attention.causal") is False:
-        raise EdgekitError(
-            f"{path.name} is an encoder: it turns text into vectors and does not write any",
-            f"from Python: edgekit.load({path.name!r}, n_ctx=512, embeddings=True).embed([...])",
-        )
-    trained = file.get(f"{file.get('general.architecture')}.context_length")
-    size = context or min(DEFAULT_CONTEXT, trained if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT)
     started = time.monotonic()
-    with open_session(path, n_ctx=size, threads=threads) as session:
+    with open_session(path, n_ctx=context, threads=threads) as session:
         loaded = time.monotonic()
-        tokens = prompt_tokens(session, file, prompt, raw=raw, system=system)
+        _must_write(session, path)
+        tokens = prompt_tokens(session, prompt, raw=raw, system=system)
+        size = session.n_ctx
         if len(tokens) >= size:
             raise EdgekitError(
                 f"the prompt is {len(tokens)} tokens and the context {size}", f"--ctx-size {2 * len(tokens)}"
@@ -90,12 +83,21 @@ def answer(
             load_s=loaded - started,
             first_token_s=first,
             decode_tok_s=1000 * times.decode_tokens / times.decode_ms if times.decode_ms else 0.0,
+            notes=session.notes,
         )
 
 
-def prompt_tokens(session: Session, file: GgufFile, prompt: str, *, raw: bool, system: str | None = None) -> list[int]:
-    """Token ids of the prompt in the file's chat template; of the bare text where it has none, or `raw` is asked."""
-    template = None if raw else template_of(file)
+def _must_write(session: Session, path: Path) -> None:
+    if session.encoder:
+        raise EdgekitError(
+            f"{path.name} is an encoder: it turns text into vectors or scores and does not write any",
+            f"from Python: edgekit.load({str(path)!r}).embed([...])",
+        )
+
+
+def prompt_tokens(session: Session, prompt: str, *, raw: bool, system: str | None = None) -> list[int]:
+    """Token ids of the prompt in the model's chat template; of the bare text where it has none, or `raw` is asked."""
+    template = None if raw else session.template
     if template is None:
         return session.tokenize(f"{system}\n\n{prompt}" if system else prompt, add_special=True)
     messages: list[Mapping[str, str]] = [{"role": "user", "content": prompt}]

@@ -9,6 +9,8 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from edgekit.chat import Template
+
 Logits = npt.NDArray[np.float32]
 
 
@@ -43,6 +45,14 @@ class Session(Protocol):
 
     @property
     def chat_template(self) -> str | None: ...
+    @property
+    def template(self) -> Template | None:
+        """The chat template with the texts of the special tokens that the model's files name."""
+
+    @property
+    def encoder(self) -> bool:
+        """Opened to turn texts into vectors or scores: it writes none."""
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What was allowed but is worth knowing, one sentence each."""

@@ -41,8 +41,9 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class DecoderFacts:
-    """From genai_config.json. `planned`: the context to allocate if nobody asks for another (0: nobody chose one);
-    `providers`: names of execution providers, as genai has them."""
+    """From genai_config.json. `planned`: the context to allocate if nobody asks for another (0: nobody chose one, as
+    in what genai's builder writes); `providers`: names of execution providers, as genai has them; `windowed`: caches
+    are as long as a sliding window."""
 
     n_vocab: int
     context: int
@@ -50,6 +51,7 @@ class DecoderFacts:
     stops: tuple[int, ...]
     threads: int | None
     providers: tuple[str, ...]
+    windowed: bool = False
 
 
 def find(path: Path) -> Folder:
@@ -109,10 +111,11 @@ def decoder_facts(folder: Folder) -> DecoderFacts:
     return DecoderFacts(
         n_vocab=n_vocab,
         context=context,
-        planned=longest if longest < context else 0,
+        planned=longest if longest < context or folder.all_positions.is_file() else 0,  # ours: `context` is the plan's
         stops=_ids(model.get("eos_token_id"), n_vocab),
         threads=threads if isinstance(threads, int) and 0 < threads <= 512 else None,
         providers=_providers(options.get("provider_options")),
+        windowed=isinstance(decoder.get("sliding_window"), dict),
     )
 
 

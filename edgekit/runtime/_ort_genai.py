@@ -17,6 +17,7 @@ import numpy as np
 from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.runtime import Logits
 from edgekit.runtime._common import Spent, Tokens, same_start
+from edgekit.runtime._ort_folder import ALL_POSITIONS
 from edgekit.runtime._ort_library import PROVIDERS, SILENT, genai, readable
 from edgekit.units import MIB
 
@@ -29,11 +30,12 @@ _LOGITS_BUDGET = 64 * MIB
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`n_ctx`: tokens the KV cache is allocated for. `providers`: names of `_ort_library.PROVIDERS`, None: those of
-    genai_config.json."""
+    genai_config.json. `windowed`: that file describes caches as long as a sliding window, which model.onnx has."""
 
     n_ctx: int
     threads: int
     providers: tuple[str, ...] | None
+    windowed: bool = False
 
 
 class Decoder:
@@ -65,7 +67,7 @@ class Decoder:
         try:
             with readable(self.graph):
                 model = og.Model(config)
-        except RuntimeFailed as error:
+        except EdgekitError as error:
             if settings.providers == ():
                 raise
             with readable(self.graph):
@@ -79,8 +81,13 @@ class Decoder:
     def _config(self, og: Any, settings: Settings, providers: Sequence[str] | None = None) -> Any:
         config = og.Config(str(self.graph.parent))
         session = {"intra_op_num_threads": settings.threads, "log_severity_level": SILENT}
-        decoder = {"filename": self.graph.name, "session_options": session}
-        config.overlay(json.dumps({"model": {"decoder": decoder}, "search": {"max_length": settings.n_ctx}}))
+        model: dict[str, Any] = {"decoder": {"filename": self.graph.name, "session_options": session}}
+        if settings.windowed and self.graph.name == ALL_POSITIONS:
+            # its caches are whole: to genai, a window over everything, which may be half of `context_length` at most
+            whole = {"window_size": settings.n_ctx, "slide_key_value_cache": False, "slide_inputs": False}
+            model["decoder"]["sliding_window"] = whole
+            model["context_length"] = 2 * settings.n_ctx
+        config.overlay(json.dumps({"model": model, "search": {"max_length": settings.n_ctx}}))
         if providers is not None:
             config.clear_providers()
             for name in providers:

@@ -80,6 +80,12 @@ _AGAIN = "convert it again, or copy the whole folder again"
 
 _KNOWN: Sequence[tuple[str, type[EdgekitError], str, str]] = (
     (
+        r"interface not available|not supported in this build|not been built with|Unknown provider name",
+        RuntimeFailed,
+        "its execution provider is not in this build of onnxruntime-genai",
+        "run it on the CPU, or install the build for that device",
+    ),
+    (
         r"External data path does not exist|ValidateExternalDataPath",
         CorruptCheckpoint,
         "its weights are not beside it",

@@ -299,7 +299,8 @@ def open_session(
         raise RuntimeFailed(f"{folder.root.name} writes text and gives no vectors", "convert an embedding model")
     facts = cached_facts(folder, graph) if folder.genai is None else decoder_facts(folder)
     size, shortened = _context(n_ctx, facts)
-    settings = Settings(size, threads or _threads(facts), _no_providers(facts) if asked is None else asked)
+    used = _no_providers(facts) if asked is None else asked
+    settings = Settings(size, threads or _threads(facts), used, windowed=facts.windowed)
     return DecoderSession(folder, facts, settings, notes=(*notes, *shortened))
 
 
