@@ -94,6 +94,8 @@ def _unsupported_setting(family: str, config: Mapping[str, Any]) -> str | None:
     changed = [key for key, value in neutral.items() if config.get(key) not in (value, None)]
     if changed:
         return f"{BUILDER} does not know {changed[0]} = {config[changed[0]]!r} of {family}"
+    if family == "nemotron" and config.get("mlp_bias"):
+        return f"{BUILDER} leaves out the MLP biases of {family}"
     if config.get("num_local_experts") or config.get("num_experts"):
         return f"this {family} is a mixture of experts: its experts would stay float32"
     if activation not in ACTIVATIONS:
@@ -113,9 +115,12 @@ def _unsupported_rope(family: str, config: Mapping[str, Any]) -> str | None:
             return f"{BUILDER} does not know rope type {kind!r} in {family}"
     if config.get("position_embedding_type", "rope") != "rope":
         return f"{BUILDER} does not know position_embedding_type {config['position_embedding_type']!r} of {family}"
-    rotated = _rotated(config, ropes)
-    if rotated % 16:  # GroupQueryAttention wants rows of its cos and sin tables in multiples of 8
-        return f"{family} rotates {rotated} dimensions of a head: onnxruntime's attention wants a multiple of 16"
+    head, rotated = _head(config, ropes)
+    if head % 16 or rotated % 16:  # what GroupQueryAttention checks when it runs
+        return (
+            f"this {family} has heads of {head} dimensions, {rotated} of them rotated: "
+            "onnxruntime's attention wants multiples of 16"
+        )
     return None
 
 
@@ -128,15 +133,15 @@ def _ropes(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     yield from nested or [found]
 
 
-def _rotated(config: Mapping[str, Any], ropes: Sequence[Mapping[str, Any]]) -> int:
-    """Dimensions of a head that rotate; 0 if the config leaves that to a default of its class."""
+def _head(config: Mapping[str, Any], ropes: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Dimensions of a head, and how many of them rotate; 0 where the config leaves it to a default of its class."""
     heads = _number(config, "num_attention_heads")
     head = _number(config, "head_dim") or (_number(config, "hidden_size") // heads if heads else 0)
     for source in (*ropes, config):
         part = source.get("partial_rotary_factor")
         if isinstance(part, float) and 0 < part <= 1:
-            return int(head * part)
-    return head
+            return head, int(head * part)
+    return head, head
 
 
 def _number(config: Mapping[str, Any], key: str) -> int:
