@@ -451,7 +451,7 @@ def inspect(
     check: Annotated[bool, typer.Option("--check", help="Hash the files of an artefact again.")] = False,
     json_: Json = False,
 ) -> None:
-    """What a GGUF holds: metadata, tensors, bits per weight."""
+    """What a GGUF or ONNX model holds: metadata, tensors, operators, bits per weight."""
     from edgekit import console, inspection
     from edgekit.artifact import model_file, open_artifact
 

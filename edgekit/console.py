@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgekit.evaluation import Evaluation
     from edgekit.flips import Answer, Flips
     from edgekit.host import Bandwidth, Host
-    from edgekit.inspection import Inspection
+    from edgekit.inspection import Inspection, OnnxInspection
     from edgekit.onnx_planning import OnnxPlan
     from edgekit.pipeline import Conversion
     from edgekit.planning import Memory, Plan
@@ -502,10 +502,19 @@ def certification_screen(found: Certification) -> RenderableType:
 # --- files, machines, targets ----------------------------------------------------------------------------------------
 
 
-def inspection_screen(found: Inspection, *, tensors: bool = False, checked: bool = False) -> RenderableType:
-    """Header, formats and metadata of a GGUF."""
+def inspection_screen(
+    found: Inspection | OnnxInspection, *, tensors: bool = False, checked: bool = False
+) -> RenderableType:
+    """Header, formats and metadata of a GGUF; of an ONNX graph what OnnxInspection tells."""
     from rich.console import Group
 
+    from edgekit.inspection import OnnxInspection
+
+    sealed = [("sealed", "[green]✓[/] every file of the manifest has its sha256")] if checked else []
+    if isinstance(found, OnnxInspection):
+        shown = panel([*((what, plain(text)) for what, text in found.rows()), *sealed], "inspect")
+        stored = [(t.name, t.shape, t.dtype, t.nbytes, t.file or "-") for t in found.file.initializers.values()]
+        return Group(shown, table_of_tensors(stored, "file")) if tensors else shown
     rows = [
         ("file", f"[bold]{plain(str(found.path))}"),
         (
@@ -517,8 +526,7 @@ def inspection_screen(found: Inspection, *, tensors: bool = False, checked: bool
     ]
     parts = found.bytes_by_format.items()
     rows.append(("formats", "\n".join(f"{k:<8} {n:>4} tensors  {show_bytes(b):>10}" for k, (n, b) in parts)))
-    if checked:
-        rows.append(("sealed", "[green]✓[/] every file of the manifest has its sha256"))
+    rows += sealed
     rows += [(plain(key), plain(_brief(value))) for key, value in found.metadata(longest=5).items()]
     shown = panel(rows, "inspect")
     if not tensors:

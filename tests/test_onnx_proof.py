@@ -376,3 +376,42 @@ def test_another_template_is_noticed(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(VerificationFailed, match="did not reach"):
         onnx_verification.check_template(folder, DEMO)
+
+
+# --- what a person sees of a graph -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_inspect_tells_bits_and_files(quantised: Path, demo: Path, tmp_path: Path) -> None:
+    from edgekit import inspection
+
+    found = inspection.inspect(quantised)
+    assert isinstance(found, inspection.OnnxInspection)
+    plain = inspection.inspect(demo)
+    assert found.parameters == plain.parameters  # a table tied to the head counts once
+    assert plain.bits_per_weight == pytest.approx(32, rel=1e-3)
+    assert 5 < found.bits_per_weight < 9
+    assert found.nbytes == sum(p.stat().st_size for p in quantised.parent.glob("model.onnx*"))
+    told = json.loads(json.dumps(found.as_json(tensors=True)))
+    assert told["matrices"].keys() == {"int4 b32", "int8 b32"}
+    assert told["files"] == {"model.onnx.data": (quantised.parent / "model.onnx.data").stat().st_size}
+    assert told["opsets"]["com.microsoft"] == 1
+    shown = dict(found.rows())
+    assert "MatMulNBits" in shown["operators"]
+    assert "input_ids int64 (batch_size, sequence_length)" in shown["inputs"]
+    graph = copied(quantised, tmp_path / "m")
+    (graph.parent / "model.onnx.data").unlink()
+    with pytest.raises(EdgekitError, match="which is missing"):
+        inspection.inspect(graph)
+
+
+@pytest.mark.slow
+def test_inspect_of_a_graph_on_the_command_line(quantised: Path) -> None:
+    from typer.testing import CliRunner
+
+    from edgekit.cli import app
+
+    done = CliRunner().invoke(app, ["inspect", str(quantised.parent), "--tensors"], env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    assert "bits per weight" in done.output
+    assert "int4 b32" in done.output
