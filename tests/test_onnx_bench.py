@@ -1,4 +1,4 @@
-"""Benchmarks of ONNX graphs: a decoder that onnxruntime-genai's own builder made, encoders made by hand."""
+"""`bench` and `eval` of ONNX: a decoder that onnxruntime-genai's own builder made, encoders made by hand."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgekit import benchmark
+from edgekit import benchmark, corpus, flips, pipeline
 from edgekit.benchmark import BenchResult, bench
 from edgekit.benchmark._graph import weights_of
 from edgekit.errors import CorruptCheckpoint, EdgekitError, RuntimeFailed
+from edgekit.evaluation import Options, evaluate
 from edgekit.onnx_file import open_onnx
+from edgekit.runtime.onnxruntime import open_session
+from edgekit.similarity import spearman
 from tests import pico
 from tests.test_benchmark import LLAMA_BENCH_KEYS
 
@@ -162,6 +166,93 @@ def test_a_graph_with_int8_and_scales_is_counted_right(tmp_path: Path) -> None:
     found = weights_of(open_onnx(tmp_path / "q.onnx"))
     assert found.parameters == pytest.approx(100 * 32 + 32 * 32, abs=2 * 132)  # scales a row at the most
     assert found.format == "int8"
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_the_divergence_is_that_of_transformers(built: Path) -> None:
+    """Judged by torch: the same text, both models' logits, KL by its definition."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = built.parent / "pico"
+    found = evaluate(built / "model.onnx", source, Options(threads=1, floor=False, n_ctx=64, chunks=3)).comparison
+    assert found is not None
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with open_session(built / "model.onnx", n_ctx=64, threads=1) as session:
+        ids = session.tokenize(corpus.TEXT, add_special=True, parse_special=False)[: 3 * 64]
+        kl, same = [], []
+        for start in range(0, len(ids), 64):
+            chunk = ids[start : start + 64]
+            if session.add_bos and session.bos is not None:
+                chunk[0] = session.bos
+            ours = torch.log_softmax(torch.tensor(session.logits(chunk)[32:63]).double(), -1)
+            with torch.no_grad():
+                wanted = torch.log_softmax(model(torch.tensor([chunk])).logits[0, 32:63].double(), -1)
+            kl.append((wanted.exp() * (wanted - ours)).sum(-1))
+            same.append(wanted.argmax(-1) == ours.argmax(-1))
+    assert found.tokens == 3 * 31
+    assert found.kl_mean == pytest.approx(float(torch.cat(kl).mean()), rel=0.02)
+    assert found.top1 == pytest.approx(float(torch.cat(same).double().mean()), abs=0.02)
+
+
+def test_every_kind_of_reference_is_taken(built: Path, tmp_path: Path) -> None:
+    source, graph = built.parent / "pico", built / "model.onnx"
+    options = Options(threads=1, n_ctx=64, chunks=2, floor=False)
+    usual = evaluate(graph, source, options)
+    assert usual.comparison is not None and usual.comparison.kl_mean > 1e-6
+    assert (usual.artifact, usual.engine) == ("int8", "onnx")
+    assert usual.nbytes == graph.stat().st_size + (built / "model.onnx.data").stat().st_size
+    whole = pipeline.convert(
+        str(source), "rpi5", pipeline.Options(out=tmp_path / "f32", quant="F32", verify="none")
+    ).out
+    as_gguf = evaluate(graph, whole, options).comparison
+    assert as_gguf is not None and as_gguf.kl_mean == pytest.approx(usual.comparison.kl_mean, rel=1e-3)
+    evaluate(graph, whole, replace(options, save=tmp_path / "kept.npz"))
+    kept = evaluate(graph, tmp_path / "kept.npz", Options(threads=1)).comparison
+    assert kept is not None and kept.kl_mean == pytest.approx(usual.comparison.kl_mean, rel=0.05)
+    itself = evaluate(whole, graph, replace(options, floor=True, prompts=flips.builtin_prompts()[:2], answer_tokens=4))
+    assert itself.comparison is not None and itself.comparison.kl_mean == pytest.approx(as_gguf.kl_mean, rel=0.2)
+    assert itself.flips is not None and len(itself.flips.answers) == 2
+    assert itself.floor is None and any("no noise floor" in note for note in itself.notes)
+    nothing = evaluate(graph, graph, replace(options, floor=True)).comparison
+    assert nothing is not None and nothing.kl_mean == pytest.approx(0, abs=1e-9)
+
+
+def test_encoders_are_compared_by_their_vectors(tmp_path: Path) -> None:
+    model = pico.make("bert", tmp_path)
+    made = {
+        quant: pipeline.convert(
+            str(model), "rpi5", pipeline.Options(out=tmp_path / quant, quant=quant, verify="none")
+        ).out
+        for quant in ("F32", "Q8_0", "Q4_0")
+    }
+    found = {quant: evaluate(out, model, Options(threads=1)) for quant, out in made.items()}
+    exact, fine, coarse = (found[q].embeddings for q in ("F32", "Q8_0", "Q4_0"))
+    assert exact is not None and fine is not None and coarse is not None
+    assert exact.cosine_min > 1 - 1e-6 and exact.spearman > 1 - 1e-6
+    assert coarse.cosine_mean < fine.cosine_mean < exact.cosine_mean and coarse.spearman < exact.spearman
+    assert fine.pairs == fine.texts * (fine.texts - 1) // 2
+    assert found["Q8_0"].comparison is None and found["Q8_0"].as_json()["embeddings"]["width"] == fine.width
+    with pytest.raises(EdgekitError, match="predicts no tokens"):
+        evaluate(made["F32"], pico.llama(tmp_path / "llama"), Options(threads=1))
+    with pytest.raises(EdgekitError, match="predicts no tokens") as caught:
+        evaluate(made["F32"], model, Options(threads=1, save=tmp_path / "x.npz"))
+    assert "--save" in caught.value.hint
+    short = tmp_path / "short.txt"
+    short.write_text("Too short to rank anything by.")
+    with pytest.raises(EdgekitError, match="at least 8"):
+        evaluate(made["F32"], model, Options(threads=1, text=short))
+
+
+def test_spearman_is_scipy_s(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 9, 200).astype(float)  # ties
+    b = a + rng.normal(0, 3, 200)
+    stats = pytest.importorskip("scipy.stats")
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert spearman(np.ones(5), np.arange(5.0)) == 0
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
