@@ -224,7 +224,7 @@ def _check_bits(file: OnnxFile, decided: OnnxPlan, report: Report | None) -> _bi
 
 
 def _check_weights(graph: Path, export: Export, report: Report | None) -> dict[str, float]:
-    reported = {n.node: n.error for n in report.nodes} if report else {}
+    reported = {n.node: n.error for n in report.nodes if n.error > 0} if report else {}
     return _weights.check(open_onnx(graph), export.rows, reported)
 
 

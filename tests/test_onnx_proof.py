@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgekit import onnx_verification
-from edgekit.errors import EdgekitError, RuntimeFailed, VerificationFailed
+from edgekit import onnx_planning, onnx_verification
+from edgekit.checkpoint import open_checkpoint
+from edgekit.errors import CorruptCheckpoint, EdgekitError, RuntimeFailed, VerificationFailed
 from edgekit.onnx_file import open_onnx
 from edgekit.quant.nbits import NBits
+from edgekit.target import Target
 from tests import pico
 from tests.onnx_models import DEMO
 
@@ -376,6 +380,97 @@ def test_another_template_is_noticed(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(VerificationFailed, match="did not reach"):
         onnx_verification.check_template(folder, DEMO)
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decided() -> onnx_planning.OnnxPlan:
+    wish = onnx_planning.Wish(quant="int4-b32", context=256)
+    checkpoint = open_checkpoint(DEMO)
+    return onnx_planning.plan(checkpoint, onnx_planning.GENERATION, Target.load("rpi5"), wish, 1 << 30)
+
+
+@pytest.fixture(scope="module")
+def export(demo: Path, decided: onnx_planning.OnnxPlan) -> onnx_verification.Export:
+    found = onnx_verification.prove_export(demo, DEMO, onnx_planning.GENERATION, decided)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def shipped(report: _quantize.Report, tmp_path: Path) -> Path:
+    folder = copied(report.graph, tmp_path / "artefact").parent
+    _shipping.ship(folder, context=256)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_certificate_says_what_was_seen(
+    shipped: Path, decided: onnx_planning.OnnxPlan, report: _quantize.Report, export: onnx_verification.Export
+) -> None:
+    task = onnx_planning.GENERATION
+    found = onnx_verification.verify(shipped, DEMO, task, decided, report, export)
+    names = [check.name for check in found.checks]
+    assert names == ["export", "files", "bits", "tokens", "chat template", "weights", "numbers", "text"]
+    assert found.figures["export"]["relative"] < 1e-5
+    assert found.figures["greedy"]["same"] == found.figures["greedy"]["tokens"]
+    assert found.figures["weight_error"].keys() == {"int4 b32", "int8 b32"}
+    assert found.warnings == ()
+    json.dumps(asdict(found))
+    again = onnx_verification.verify(shipped, DEMO, task, decided)  # as for an artefact made long ago
+    assert again.figures["numbers"]["kl"] == pytest.approx(found.figures["numbers"]["kl"], rel=1e-3)
+    assert onnx_verification.verify(shipped, DEMO, task, decided, level="none").checks == ()
+
+
+def _data_gone(folder: Path) -> None:
+    (folder / "model.onnx.data").unlink()
+
+
+def _data_cut(folder: Path) -> None:
+    path = folder / "model.onnx.data"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _scale_off(folder: Path) -> None:
+    change(folder / "model_all.onnx", "layers.1.mlp.up_proj.MatMul.weight_scales", lambda s: s * np.float32(1.3))
+
+
+def _four_bits_too_many(folder: Path) -> None:
+    def more(graph: Any) -> None:
+        node = next(n for n in graph.node if n.op_type == "MatMulNBits" and n.name.startswith("/lm_head"))
+        next(a for a in node.attribute if a.name == "bits").i = 4
+
+    edit(folder / "model.onnx", more)
+
+
+def _tokenizer_of_another(folder: Path) -> None:
+    pico.tokenizer_files(folder)
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], None], type[EdgekitError], str]] = {
+    "data gone": (_data_gone, CorruptCheckpoint, "which is missing"),
+    "data cut": (_data_cut, CorruptCheckpoint, "ends at byte"),
+    "a scale off": (_scale_off, VerificationFailed, "differ from the source by"),
+    "other bits": (_four_bits_too_many, VerificationFailed, "planned were 8 bits"),
+    "another tokenizer": (_tokenizer_of_another, VerificationFailed, "tokens differ"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TAMPERED)
+def test_what_was_tampered_with_is_not_certified(
+    shipped: Path,
+    decided: onnx_planning.OnnxPlan,
+    report: _quantize.Report,
+    export: onnx_verification.Export,
+    case: str,
+) -> None:
+    tamper, kind, says = TAMPERED[case]
+    tamper(shipped)
+    with pytest.raises(kind, match=says):
+        onnx_verification.verify(shipped, DEMO, onnx_planning.GENERATION, decided, report, export)
 
 
 # --- what a person sees of a graph -----------------------------------------------------------------------------------
