@@ -39,16 +39,20 @@ def quantize(
     Raises OutputExists, CorruptCheckpoint, MissingExtra. Leaves nothing behind when it fails.
     """
     model = read_graph(source)
+    return run(Work(model, source, skip or (lambda _: False), progress), out)
+
+
+def run(work: Work, out: Path) -> Report:
+    """Do the work, into `out` and its data file. Raises OutputExists."""
     data = out.with_name(out.name + ".data")
     for path in (out, data):
         if path.exists():
             raise OutputExists(f"{path} exists", "write to an empty folder")
-    work = _Work(model, source, skip or (lambda _: False), progress)
     with readable_os_errors(out):
         try:
             with data.open("xb") as file:
                 work.write(file, data.name)
-            out.write_bytes(model.SerializeToString())
+            out.write_bytes(work.model.SerializeToString())
         except BaseException:
             data.unlink(missing_ok=True)
             out.unlink(missing_ok=True)
@@ -56,7 +60,7 @@ def quantize(
     return Report(out, data, (), tuple(work.left), data.stat().st_size, out.stat().st_size)
 
 
-class _Work:
+class Work:
     """One run: writes the integers in the order of the graph, puts new nodes in place of the old ones."""
 
     def __init__(self, model: ModelProto, source: Path, skip: Callable[[str], bool], progress: Progress) -> None:
@@ -80,7 +84,7 @@ class _Work:
             elif node.op_type == "Gather":
                 nodes += self._look_up(node, matrix, out)
             else:
-                nodes += self._multiply(node, matrix, out)
+                nodes += self.multiply(node, matrix, out)
             self.progress("quantize", min(len(self.stored), len(uses)), len(uses))
         kept = [_copied(node) for node in nodes]
         del graph.node[:]
@@ -95,11 +99,11 @@ class _Work:
             self.reasons[use.matrix.name] = "a matrix of few rows or columns"
         return use.matrix.name not in self.reasons
 
-    def _multiply(self, node: NodeProto, matrix: Matrix, out: DataFile) -> list[NodeProto]:
+    def multiply(self, node: NodeProto, matrix: Matrix, out: DataFile) -> list[NodeProto]:
         """x · W -> float(round(x) · round(W)) · scale of x · scales of W, and the bias of a Gemm."""
         from onnx import helper
 
-        weight, scales = self._store(matrix, out, transposed=True)
+        weight, scales = self.store(matrix, out, transposed=True)
         made = self._round(node.input[0])
         x, scale, zero = self.rounded[node.input[0]]
         base, output = node.output[0], node.output[0]
@@ -132,7 +136,7 @@ class _Work:
         """Rows of a table -> 8-bit rows times their scales."""
         from onnx import helper
 
-        table, scales = self._store(matrix, out, transposed=False)
+        table, scales = self.store(matrix, out, transposed=False)
         index, output = node.input[1], node.output[0]
         return [
             helper.make_node("Gather", [table, index], [f"{output}_int8"], name=node.name, axis=0),
@@ -141,7 +145,7 @@ class _Work:
             helper.make_node("Mul", [f"{output}_float", f"{output}_scale"], [output], name=f"{node.name}/mul"),
         ]
 
-    def _store(self, matrix: Matrix, out: DataFile, *, transposed: bool) -> tuple[str, str]:
+    def store(self, matrix: Matrix, out: DataFile, *, transposed: bool) -> tuple[str, str]:
         """(name of the integers, of the scales). Columns of a MatMul's weight are `rows` of `matrix`."""
         key = (matrix.name, matrix.transposed)
         if key not in self.stored:
