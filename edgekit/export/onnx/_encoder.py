@@ -38,9 +38,11 @@ _ENDINGS = {
     "ForTokenClassification": CLASSIFY_TOKENS,
     "ForMaskedLM": EMBED,
     "ForPreTraining": EMBED,
+    "LMHeadModel": None,
     "Model": EMBED,
 }
-"""How the class names of transformers end -> the task; the head of a pre-training class is left out."""
+"""How the class names of transformers end -> the task, None where it writes text (GPT2LMHeadModel); the head of a
+pre-training class is left out."""
 
 TOLERANCE = 1e-3
 """Largest difference from transformers, relative to the largest value; exact graphs are at 1e-6."""

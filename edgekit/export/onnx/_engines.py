@@ -59,8 +59,7 @@ class Engine:
             for path in (quantized, quantized.with_name(f"{quantized.name}.data")):
                 if path.is_file():
                     path.replace(stage / path.name)
-        if self.name == _decoder.BUILDER:
-            _shipping.ship(stage, context=plan.context, threads=threads)
+        _shipping.ship(stage, context=plan.context, threads=threads)
 
 
 def engine_for(checkpoint: Checkpoint, task: str | None = None) -> Engine:
