@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekit import chat, corpus
+from edgekit import cache, chat, corpus
 from edgekit.errors import EdgekitError, VerificationFailed
+from edgekit.gguf_file import open_gguf
 from edgekit.imatrix_file import Imatrix, open_imatrix, write_imatrix
 from edgekit.runtime import Session, activations, parallel
 from edgekit.runtime.llama_cpp import LlamaSession, Sampling
-from edgekit.runtime.moments import Moment
-from edgekit.units import Progress, silent
+from edgekit.runtime.moments import Moment, open_moments
+from edgekit.units import MIB, Progress, silent
 
 CHUNK = 512
 """Tokens read as one text: what llama-imatrix takes unless told otherwise."""
@@ -219,13 +221,14 @@ class Calibrated:
     warnings: tuple[str, ...] = ()
 
 
-def cache_dir() -> Path:
-    """Where statistics are kept: EDGEKIT_CACHE, or `edgekit` in the user's cache folder."""
-    home = os.environ.get("EDGEKIT_CACHE")
-    if home:
-        return Path(home)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgekit"
+def recall(text: Text, *, digest: str, moments: Sequence[str] = ()) -> Calibrated | None:
+    """What `calibrate` would give for the model of `digest`, if the cache holds it: no model is needed for that."""
+    folder = _entry(text, digest, moments).find()
+    if folder is None:
+        return None
+    imatrix = open_imatrix(folder / _IMATRIX)
+    stored = open_moments(folder) if moments else {}
+    return Calibrated(imatrix, stored, text.tokens, coverage(imatrix))
 
 
 def calibrate(
@@ -239,16 +242,51 @@ def calibrate(
 ) -> Calibrated:
     """Read `text` with the model behind `session`. `digest` names the model's content.
 
-    Without `moments` the importance matrix is kept in the cache and taken from there the next time. Raises
+    Importance, and the second moments of the matrices in `moments`, are kept in the cache and taken from there the next
+    time. Where moments would be too much for it they go to files in `spill`, or stay in memory without. Raises
     VerificationFailed for values that are not finite, EdgekitError for names in `moments` that the model lacks.
     """
-    kept = cache_dir() / "importance" / f"{digest[:24]}-{text.digest[:24]}.gguf"
-    if not moments and kept.is_file():
-        return Calibrated(open_imatrix(kept), {}, text.tokens)
-    found = activations.collect(session, text.chunks, moments=moments, spill=spill, progress=progress)
+    known = recall(text, digest=digest, moments=moments)
+    if known is not None:
+        return known
+    entry = _entry(text, digest, moments)
+    if not entry.admits(_ROOM + moment_bytes(session.model.path, moments)):
+        return _read(session, text, moments, spill, progress)
+    with entry.making() as folder:
+        found = _read(session, text, moments, folder if moments else None, progress)
+        write_imatrix(folder / _IMATRIX, found.imatrix)
+    return found
+
+
+_IMATRIX = "imatrix.gguf"
+_ROOM = 16 * MIB  # for an importance matrix, the largest of which are a few MiB
+
+
+def _entry(text: Text, digest: str, moments: Sequence[str]) -> cache.Entry:
+    name = cache.key(model=digest, text=text.digest, moments=sorted(moments), engine=engine())
+    return cache.Entry("moments" if moments else "importance", name)
+
+
+def engine() -> str:
+    """What computes: part of the key of all that is learned with it."""
+    return f"llama-cpp-python {metadata.version('llama-cpp-python')}"
+
+
+def moment_bytes(model: Path, names: Sequence[str]) -> int:
+    """Bytes that the second moments of these matrices take, at most; matrices of a layer share those of one input."""
+    tensors = open_gguf(model).tensors
+    shapes = {_INPUT.sub(r"\1", name): tensors[name].shape for name in names if name in tensors}
+    return sum(4 * (shape[0] if len(shape) == 3 else 1) * shape[-1] ** 2 for shape in shapes.values())
+
+
+_INPUT = re.compile(r"(attn_|ffn_)(?:q|k|v|gate|up)(?=\.)")
+
+
+def _read(
+    session: LlamaSession, text: Text, moments: Sequence[str], folder: Path | None, progress: Progress
+) -> Calibrated:
+    found = activations.collect(session, text.chunks, moments=moments, spill=folder, progress=progress)
     imatrix = _imatrix(found, text)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_imatrix(kept, imatrix)
     return Calibrated(imatrix, found.second_moment, found.tokens, coverage(imatrix))
 
 

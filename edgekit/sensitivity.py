@@ -5,17 +5,20 @@ Knows groups, probes and how to reckon between them; writes no file and decides 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.arch import Blueprint, Role
-from edgekit.errors import EdgekitError
+from edgekit.errors import CorruptCheckpoint, EdgekitError
 from edgekit.quality import stderr_of_mean
 from edgekit.quant import Format, ggml, presets
 from edgekit.quant.allocation import Option
@@ -52,6 +55,9 @@ CONSIDERED = (
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
 )
 """What a tensor may become, if it fits."""
+
+COMBINED = ("Q4_K_M", "Q2_K")
+"""Stock presets that are measured as a whole, whatever the file will be: what was measured serves files of any size."""
 
 _BUDGET = {"low": (48, 1), "normal": (120, 1), "high": (480, 2)}  # passes in all, and passes a probe
 _COMBINED = 4  # passes reserved for combinations, to see how far costs add up
@@ -108,6 +114,13 @@ def parts_of(blueprint: Blueprint) -> tuple[Part, ...]:
     """The matrices that presets quantise: no norm, bias, router or position table, whatever the preset."""
     chosen = presets.choose("Q8_0", blueprint)
     return tuple(Part(c.tensor.name, c.tensor.shape, c.tensor.role) for c in chosen if c.wanted == "Q8_0")
+
+
+def combinations(blueprint: Blueprint, importance: Collection[str]) -> list[Assignment]:
+    """The assignments of COMBINED; `importance`: names of the tensors that have it."""
+    names = {p.name for p in parts_of(blueprint)}
+    chosen = (presets.choose(preset, blueprint, importance=importance) for preset in COMBINED)
+    return [{c.tensor.name: c.format for c in choices if c.tensor.name in names} for choices in chosen]
 
 
 def group(parts: Sequence[Part], bands: int) -> tuple[Group, ...]:
@@ -239,6 +252,17 @@ class Sensitivity:
         scale, power = self.correction
         return float(scale * max(self.added(assignment, cpu=cpu), _LEAST) ** power)
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, of which `from_json` makes the same again."""
+        return {
+            "groups": [[g.name, [[p.name, list(p.shape), p.role.value] for p in g.parts]] for g in self.groups],
+            "probes": [[p.group, p.format, p.kl, p.stderr] for p in self.probes],
+            "errors": {name: dict(by) for name, by in self.errors.items()},
+            "assignments": [[dict(a), kl, stderr] for a, kl, stderr in self.assignments],
+            "tokens": self.tokens,
+            "inputs": {name: [list(pair) for pair in by.items()] for name, by in self.inputs.items()},
+        }
+
     def _errors(self, tensor: str) -> Mapping[str, float]:
         if tensor not in self.errors:
             raise unknown("matrix that was measured", tensor, self.errors)
@@ -252,6 +276,25 @@ class Sensitivity:
             if probe.group == members.name
         ]
         return _lift(sorted(found))
+
+
+def from_json(data: Mapping[str, Any]) -> Sensitivity:
+    """What `Sensitivity.as_json` made. Raises CorruptCheckpoint for anything else."""
+    try:
+        groups = tuple(
+            Group(name, tuple(Part(part, tuple(shape), Role(role)) for part, shape, role in parts))
+            for name, parts in data["groups"]
+        )
+        return Sensitivity(
+            groups,
+            tuple(Probe(*probe) for probe in data["probes"]),
+            data["errors"],
+            tuple((dict(a), float(kl), float(stderr)) for a, kl, stderr in data["assignments"]),
+            int(data["tokens"]),
+            {name: {int(block): float(error) for block, error in by} for name, by in data["inputs"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CorruptCheckpoint(f"these are no measured costs: {e}", "measure them again") from None
 
 
 def _input_block(format: str) -> int:
@@ -308,6 +351,7 @@ def measure(
     combined: Sequence[Assignment] = (),
     encode: Encode | None = None,
     moments: Mapping[str, Array] | None = None,
+    kept: MutableMapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Sensitivity:
     """Measure every group in every format of `formats` that it fits, on the first tokens of `chunks` (token ids).
@@ -316,38 +360,81 @@ def measure(
     what the final file will be encoded with, ggml's own kernels with `importance` unless given; an encoder with error
     feedback needs `moments` beside it, XᵀX (cols, cols) or (experts, cols, cols) by tensor name, by which formats that
     it improves and formats that it does not are compared. `combined`: whole assignments, a pass each, to correct
-    predictions with. The same input gives the same result. Memory beside the
-    model: the predictions of the text (a few MB), and one slab of a matrix. Progress: passes, as `passes` counts them.
+    predictions with. `kept`: gets every measured figure by a name, and what it holds already is not measured again; it
+    must be of the same input. The same input gives the same result. Memory beside the model: the predictions of the
+    text (a few MB), and one slab of a matrix. Progress: passes, as `passes` counts them.
     Raises RuntimeFailed where the weights cannot be overwritten, UnknownName for a matrix that the model lacks.
     """
     each = _effort(effort)[1]
     text = _first_tokens(chunks, each * PASS)
-    jobs = [(g, f) for g in groups for f in _probed(g, formats)]
-    total, done = each * (1 + len(jobs) + len(combined)), 0
-    rounded = encode or _plain(importance)
+    jobs = {f"probe {g.name}, {f}": (g, f) for g in groups for f in _probed(g, formats)}
+    whole = {f"whole {_digest(a)}": a for a in combined}
+    kept = {} if kept is None else kept
+    assignments = {name: {p.name: f for p in g.parts} for name, (g, f) in jobs.items()} | whole
+    with Weights(session) as weights:
+        rounded = encode or _plain(importance)
+        _keep_errors(
+            kept, session, weights, groups, {*considered, *(f for _, f in jobs.values())}, importance, text[0], rounded,
+            moments or {},
+        )  # fmt: skip
+        _keep_costs(kept, session, weights, text, assignments, rounded, each, progress)
+    return Sensitivity(
+        tuple(groups),
+        tuple(Probe(g.name, f, *kept[name]) for name, (g, f) in jobs.items()),
+        kept["errors"],
+        tuple((dict(a), *kept[name]) for name, a in whole.items()),
+        sum(map(len, text)),
+        {name: dict(pairs) for name, pairs in kept["inputs"].items()},
+    )
 
-    def advance() -> None:
-        nonlocal done
+
+def _digest(assignment: Assignment) -> str:
+    return hashlib.sha256(json.dumps(sorted(assignment.items())).encode()).hexdigest()[:16]
+
+
+def _keep_errors(
+    kept: MutableMapping[str, Any],
+    session: LlamaSession,
+    weights: Weights,
+    groups: Sequence[Group],
+    formats: Iterable[str],
+    importance: Importance,
+    chunk: Sequence[int],
+    encode: Encode,
+    moments: Mapping[str, Array],
+) -> None:
+    """`errors` and `inputs` of a Sensitivity, the latter as pairs: keys of JSON objects are text."""
+    if "errors" in kept and "inputs" in kept:
+        return
+    read = inputs(session, chunk)
+    kept["errors"] = rounding_errors(weights, groups, formats, importance, read, encode, moments)
+    names = [p.name for g in groups for p in g.parts]
+    kept["inputs"] = {name: list(map(list, _from_inputs(weights, name, read).items())) for name in names}
+
+
+def _keep_costs(
+    kept: MutableMapping[str, Any],
+    session: LlamaSession,
+    weights: Weights,
+    text: Sequence[Sequence[int]],
+    assignments: Mapping[str, Assignment],
+    encode: Encode,
+    each: int,
+    progress: Progress,
+) -> None:
+    """[KL, standard error] by the name of a probe or combination, each a pass; the reference is another."""
+    todo = {name: a for name, a in assignments.items() if name not in kept}
+    total = each * (1 + len(assignments))
+    if not todo:
+        progress("sensitivity", total, total)
+        return
+    reference = record(session, text, skip=_SKIP)
+    done = total - each * len(todo)
+    progress("sensitivity", done, total)
+    for name, assignment in todo.items():
+        kept[name] = list(_try(session, weights, reference, assignment, encode))
         done += each
         progress("sensitivity", done, total)
-
-    with Weights(session) as weights:
-        read = inputs(session, text[0])
-        errors = rounding_errors(
-            weights, groups, {*considered, *(f for _, f in jobs)}, importance, read, rounded, moments or {}
-        )
-        from_inputs = {p.name: _from_inputs(weights, p.name, read) for g in groups for p in g.parts}
-        reference = record(session, text, skip=_SKIP)
-        advance()
-
-        def tried(assignment: Assignment) -> tuple[float, float]:
-            found = _try(session, weights, reference, assignment, rounded)
-            advance()
-            return found
-
-        probes = [Probe(g.name, f, *tried({p.name: f for p in g.parts})) for g, f in jobs]
-        whole = [(a, *tried(a)) for a in combined]
-    return Sensitivity(tuple(groups), tuple(probes), errors, tuple(whole), reference.tokens, from_inputs)
 
 
 def rounding_errors(

@@ -1,37 +1,40 @@
 """The best file of a size: importance, error feedback, a measured mix; a gate ships no worse than the stock preset.
 
-Knows the order of the work and what is compared with what; measuring, allocating and encoding are done elsewhere.
+Knows what is compared with what; learning (edgekit.learning), allocating and encoding are done elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
-from edgekit import artifact, calibration, chat, folding, mixing, reference, sensitivity
-from edgekit.arch import Blueprint, Role
-from edgekit.calibration import Text
-from edgekit.errors import EdgekitError
+from edgekit import artifact, chat, flips, folding, mixing
+from edgekit.arch import Blueprint
+from edgekit.effort import EFFORTS, estimate, rung_names, worth_it
+from edgekit.effort import find as find_effort
 from edgekit.export import gguf
-from edgekit.export.gguf import Slab
+from edgekit.flips import Flips
 from edgekit.imatrix_file import Imatrix, open_imatrix
-from edgekit.planning import Plan, with_formats
-from edgekit.quality import Column, Columns
-from edgekit.quant import Format, ggml, gptq
-from edgekit.reference import CompactReference
-from edgekit.runtime.llama_cpp import LlamaSession, open_session
-from edgekit.sensitivity import Sensitivity
+from edgekit.learning import Knowledge, Moments, Opener, importance_names, learn
+from edgekit.planning import Plan, plan, with_formats
+from edgekit.quality import Column
+from edgekit.runtime.llama_cpp import open_session
 from edgekit.target import Target
 from edgekit.units import Progress, silent
 
-EFFORTS: Mapping[str, tuple[int, int]] = {"low": (8_192, 8_192), "normal": (32_768, 16_384), "high": (131_072, 32_768)}
-"""Tokens read to calibrate, and tokens of held-out text that decide between candidates."""
+__all__ = [
+    "EFFORTS", "Attempt", "Candidate", "Knowledge", "Outcome", "attempts", "bring", "choose", "estimate",
+    "importance_names", "learn", "rungs", "spill_folder", "tune", "worth_it",
+]  # fmt: skip
 
-Moments = Mapping[str, Slab]
+RUNG_SECONDS = 60.0
+"""A stock preset that takes longer than this to write and judge is not measured just to compare with."""
 
 RESAMPLES = 2_000
 """Of the paired bootstrap."""
@@ -62,27 +65,8 @@ class Outcome:
     tokens: int
     held_out: int
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """What reading the calibration text taught: importance for every matrix, and what the candidates are judged by."""
-
-    importance: gguf.Importance
-    moments: Moments
-    judge: CompactReference
-    sensitivity: Sensitivity
-    text: str
-    tokens: int
-    warnings: tuple[str, ...] = field(default=())
-
-
-def importance_names(blueprint: Blueprint) -> frozenset[str]:
-    """Matrices that get an importance vector when the model reads text: all but those that are only looked up."""
-    untied = any(t.role is Role.OUTPUT for t in blueprint.tensors)
-    looked_up = {Role.POSITION, Role.TOKEN_TYPE} | ({Role.EMBED} if untied else set())
-    matrices = (t for t in blueprint.tensors if len(t.shape) > 1 and not t.keep_f32)
-    return frozenset(t.name for t in matrices if t.role not in looked_up)
+    ladder: tuple[Candidate, ...] = ()
+    flips: Flips | None = None
 
 
 def bring(path: Path, blueprint: Blueprint) -> Imatrix:
@@ -94,82 +78,6 @@ def bring(path: Path, blueprint: Blueprint) -> Imatrix:
 
 def _experts_and_cols(shape: Sequence[int]) -> tuple[int, int]:
     return (shape[0] if len(shape) == 3 else 1, shape[-1])
-
-
-def learn(
-    model: Path,
-    decided: Plan,
-    source: str | Path,
-    template: chat.Template | None,
-    *,
-    digest: str,
-    effort: str,
-    spill: Path,
-    threads: int | None = None,
-    progress: Progress = silent,
-) -> Knowledge:
-    """Read text with the unquantised `model`. `source`: a file, or `self`. `spill` holds second moments on disk.
-
-    The last part of a file, or texts of another seed, are held out: nothing that is learned comes from them.
-    """
-    tokens, held_out = EFFORTS[effort]
-    context = min(calibration.CHUNK, decided.geometry.context or calibration.CHUNK)
-    learnable = importance_names(decided.blueprint)
-    names = [t.name for t in decided.tensors if t.name in learnable]
-    # probing overwrites weights in memory, so they must not be pages of the file
-    with open_session(model, n_ctx=context, threads=threads, mmap=False) as session:
-        text, judged = _texts(session, source, template, tokens, held_out, progress)
-        found = calibration.calibrate(session, text, digest=digest, moments=names, spill=spill, progress=progress)
-        judge = reference.record(session, judged.chunks, progress=progress)
-        importance = found.imatrix.importance()
-        moments = {name: found.moments[name] for name in names}
-        costs = _probe(session, decided, text, importance, moments, effort, progress)
-    return Knowledge(importance, moments, judge, costs, text.name, text.tokens, found.warnings)
-
-
-def _probe(
-    session: LlamaSession,
-    decided: Plan,
-    text: Text,
-    importance: gguf.Importance,
-    moments: Moments,
-    effort: str,
-    progress: Progress,
-) -> Sensitivity:
-    """The cost of every group in every format, and of the stock preset as a whole to correct the sum with.
-
-    At high effort with the encoder that the file will have, error feedback; else with ggml's own, which ranks alike and
-    costs a fraction of the time.
-    """
-    groups, formats = sensitivity.choose_probes(sensitivity.parts_of(decided.blueprint), effort)
-    measured = {part.name for group in groups for part in group.parts}
-    stock = {t.name: t.format.name for t in decided.tensors if t.name in measured}
-    return sensitivity.measure(
-        session,
-        groups,
-        formats,
-        text.chunks,
-        importance,
-        effort=effort,
-        considered=[f for f in sensitivity.CONSIDERED if f in gptq.FORMATS],
-        combined=[stock],
-        encode=_with_feedback(importance, moments) if effort == "high" else None,
-        moments=moments if effort == "high" else None,
-        progress=progress,
-    )
-
-
-def _with_feedback(importance: gguf.Importance, moments: Moments) -> sensitivity.Encode:
-    feedback = gguf.Feedback(moments)
-
-    def encode(name: str, expert: int, rows: Slab, fmt: Format) -> sensitivity.Bytes:
-        weights = importance.get(name)
-        weights = weights[expert] if weights is not None and weights.ndim == 2 else weights
-        if name in feedback and fmt.name in gptq.FORMATS:
-            return gptq.encode(rows, fmt, feedback.curvature(name, expert), importance=weights).data
-        return ggml.encode(rows, fmt, weights)
-
-    return encode
 
 
 @dataclass(frozen=True)
@@ -224,84 +132,157 @@ def _folded(plan: Plan, known: Knowledge, progress: Progress) -> Attempt:
     return Attempt(replace(plan, blueprint=made.blueprint, tensors=tensors), made.importance, made.moments)
 
 
-def _texts(
-    session: LlamaSession,
-    source: str | Path,
-    template: chat.Template | None,
-    tokens: int,
-    held_out: int,
-    progress: Progress,
-) -> tuple[Text, Text]:
-    """(to learn from, to judge by), disjoint."""
-    if source == "self":
-        learned = calibration.write_text(session, template, tokens, seed=1, progress=progress)
-        judged = calibration.write_text(session, template, held_out, seed=1_000_003, progress=progress)
-        return learned, _long_enough(judged)
-    whole = calibration.read_text(Path(source), session, template, limit=tokens + held_out)
-    share = held_out / (tokens + held_out)
-    count = max(1, round(len(whole.chunks) * share))
-    if len(whole.chunks) < 2:
-        raise EdgekitError(
-            f"{whole.name} has {whole.tokens} tokens: too few to learn from one part and judge by another",
-            f"give at least {2 * calibration.CHUNK} tokens, or use --calibration self",
-        )
-    return Text(whole.name, whole.chunks[:-count]), _long_enough(Text(whole.name, whole.chunks[-count:]))
-
-
-def _long_enough(text: Text) -> Text:
-    kept = tuple(c for c in text.chunks if len(c) >= reference.SHORTEST)
-    if not kept:
-        raise EdgekitError("the held-out text is too short to compare on", "give more calibration text")
-    return Text(text.name, kept)
-
-
 def choose(
-    tried: Mapping[str, Attempt], known: Knowledge, folder: Path, *, threads: int, progress: Progress = silent
+    tried: Mapping[str, Attempt],
+    known: Knowledge,
+    folder: Path,
+    *,
+    threads: int,
+    rungs: Sequence[Plan] = (),
+    progress: Progress = silent,
 ) -> Outcome:
     """Write every candidate into `folder`, judge them on the held-out text, keep the winner's file only.
 
-    The stock preset wins unless another has the lower mean and the paired bootstrap is 95 % sure of it.
+    The stock preset wins unless another has the lower mean and the paired bootstrap is 95 % sure of it. `rungs`: stock
+    presets to measure beside them (see `rungs`), one file at a time; those that would take more than a minute each are
+    left out, with a warning.
     """
-    seen: dict[str, tuple[gguf.Written, Column, float]] = {}
+    judging = _Judging(known, folder, threads, progress)
+    seen: dict[str, _Seen] = {}
     winner = "preset"
     for kind, attempt in tried.items():
-        written = gguf.write(attempt.plan, folder / f"{kind}.gguf", attempt.encoding(threads), progress=progress)
-        columns = _judged(written.path, known.judge, threads, progress)
-        seen[kind] = (written, columns.kl, float(columns.same.mean()))
-        if kind not in (winner, "random") and _surely_better(columns.kl, seen[winner][1]):
-            seen[winner][0].path.unlink()
+        found = seen[kind] = judging.judge(kind, attempt)
+        if kind not in (winner, "random") and _surely_better(found.kl, seen[winner].kl):
+            seen[winner].written.path.unlink()
             winner = kind
         elif kind != "preset":
-            written.path.unlink()
+            found.written.path.unlink()
     preset = tried["preset"].plan.preset.name
     candidates = tuple(
-        _candidate(preset, kind, written, kl, top1, shipped=kind == winner)
-        for kind, (written, kl, top1) in seen.items()
+        _candidate(_NAMES[kind].format(preset), kind, found, shipped=kind == winner) for kind, found in seen.items()
     )
-    doubt = chance_no_better(seen[winner][1], seen["preset"][1]) if winner != "preset" else 1.0
+    ladder, notes = judging.ladder(rungs, seen["preset"].seconds)
     return Outcome(
         replace(tried[winner].plan, why=_why(winner, candidates)),
-        seen[winner][0],
+        seen[winner].written,
         candidates,
-        doubt,
+        chance_no_better(seen[winner].kl, seen["preset"].kl) if winner != "preset" else 1.0,
         known.text,
         known.tokens,
         known.judge.positions,
-        known.warnings,
+        known.warnings + notes,
+        ladder,
+        judging.flips(seen[winner].written.path),
     )
 
 
-def _judged(path: Path, judge: CompactReference, threads: int, progress: Progress) -> Columns:
-    longest = max(map(len, judge.chunks))
-    with open_session(path, n_ctx=longest, threads=threads) as session:
-        return judge.columns(session, progress=progress)
+_NAMES = {
+    "preset": "{}",
+    "feedback": "{} with error feedback",
+    "mix": "measured mix",
+    "folded": "measured mix, scales folded",
+    "random": "random mix",
+}
 
 
-def _candidate(preset: str, kind: str, written: gguf.Written, kl: Column, top1: float, *, shipped: bool) -> Candidate:
-    names = {"preset": preset, "feedback": f"{preset} with error feedback", "mix": "measured mix"}
-    name = names.get(kind) or {"folded": "measured mix, scales folded", "random": "random mix"}[kind]
-    stderr = float(kl.std(ddof=1) / np.sqrt(len(kl)))
-    return Candidate(name, kind, written.nbytes, float(kl.mean()), stderr, top1, shipped)
+@dataclass(frozen=True)
+class _Seen:
+    """A candidate that was written and judged, and the seconds that took."""
+
+    written: gguf.Written
+    kl: Column
+    top1: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Judging:
+    known: Knowledge
+    folder: Path
+    threads: int
+    progress: Progress
+
+    def judge(self, name: str, attempt: Attempt) -> _Seen:
+        start = perf_counter()
+        path = self.folder / f"{name}.gguf"
+        written = gguf.write(attempt.plan, path, attempt.encoding(self.threads), progress=self.progress)
+        longest = max(map(len, self.known.judge.chunks))
+        with open_session(path, n_ctx=longest, threads=self.threads) as session:
+            columns = self.known.judge.columns(session, progress=self.progress)
+        return _Seen(written, columns.kl, float(columns.same.mean()), perf_counter() - start)
+
+    def ladder(self, plans: Sequence[Plan], seconds: float) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+        """Stock presets with importance, and what was left out. `seconds`: what one takes, as seen last."""
+        found: list[Candidate] = []
+        for rung in plans:
+            if seconds > RUNG_SECONDS:
+                left = ", ".join(p.preset.name for p in plans[len(found) :])
+                return tuple(found), (f"not measured to compare with, each takes about {seconds:.0f} s: {left}",)
+            seen = self.judge(f"rung-{rung.preset.name}", Attempt(rung, self.known.importance, None))
+            seen.written.path.unlink()
+            found.append(_candidate(rung.preset.name, "preset", seen, shipped=False))
+            seconds = seen.seconds
+        return tuple(found), ()
+
+    def flips(self, path: Path) -> Flips | None:
+        """How the answers of the file at `path` differ from the unquantised model's."""
+        asked = self.known.answers
+        if asked is None:
+            return None
+        context = max(map(len, asked.ids)) + asked.max_tokens
+        with open_session(path, n_ctx=context, threads=self.threads) as session:
+            answers = flips.greedy(session, asked.ids, asked.max_tokens, progress=self.progress)
+            return flips.compare(session, asked.prompts, asked.answers, answers, asked.max_tokens)
+
+
+def rungs(decided: Plan, budget: int, target: Target, *, effort: str) -> tuple[Plan, ...]:
+    """Plans of the stock presets whose sizes are nearest to `budget`, largest first, without that of `decided`: as many
+    as the effort allows. They are what `choose` measures to show where the winner stands."""
+    wanted = find_effort(effort).rungs
+    names = [n for n in rung_names() if n != decided.preset.name]
+    if wanted == 0:
+        return ()
+    blueprint = decided.blueprint
+    drafts = (
+        plan(blueprint, decided.metadata, target, quant=name, context=decided.context, kv_type=decided.kv_type,
+             importance=importance_names(blueprint))
+        for name in names
+    )  # fmt: skip
+    sizes = {p.file_bytes: p for p in drafts}  # presets that fall back alike are one
+    near = sorted(sizes.values(), key=lambda p: abs(math.log(p.file_bytes / budget)))[:wanted]
+    return tuple(sorted(near, key=lambda p: -p.file_bytes))
+
+
+def tune(
+    model: Path | Opener,
+    decided: Plan,
+    source: str | Path,
+    template: chat.Template | None,
+    folder: Path,
+    *,
+    target: Target,
+    budget: int,
+    digest: str,
+    effort: str,
+    prefer: str,
+    threads: int,
+    progress: Progress = silent,
+) -> Outcome:
+    """The best file of at most `budget` bytes, in `folder`: learn, try, choose. See `learn`, `attempts`, `choose`."""
+    spill = folder / "moments"
+    spill.mkdir(exist_ok=True)
+    known = learn(
+        model, decided, source, template,
+        digest=digest, effort=effort, spill=spill, threads=threads, progress=progress,
+    )  # fmt: skip
+    tried = attempts(decided, known, budget, target, prefer=prefer, effort=effort, progress=progress)
+    beside = rungs(decided, budget, target, effort=effort)
+    return choose(tried, known, folder, threads=threads, rungs=beside, progress=progress)
+
+
+def _candidate(name: str, kind: str, seen: _Seen, *, shipped: bool) -> Candidate:
+    stderr = float(seen.kl.std(ddof=1) / np.sqrt(len(seen.kl)))
+    return Candidate(name, kind, seen.written.nbytes, float(seen.kl.mean()), stderr, seen.top1, shipped)
 
 
 def _why(winner: str, candidates: Sequence[Candidate]) -> str:
