@@ -23,6 +23,7 @@ from edgekit.quant.gptq import Curvature, _cost, _move_integers
 from edgekit.quant.nbits import NBits, Quantised, _search, _values
 
 _REFINE = (0.97, 0.985, 1.015, 1.03)  # steps around the best scale
+_NOTHING = np.float32(1e-30)  # what is pushed into zeros fades, and steps of a few 1e-40 have no reciprocal
 _PASSES = 3  # of coordinate descent
 
 
@@ -132,6 +133,7 @@ def _sweep(weights: Floats, fmt: NBits, curvature: Curvature) -> _Made:
     for block in range(count):
         a, b = block * size, (block + 1) * size
         start = weights[a:b] + unit[:a, a:b].T @ made.error[:a]
+        start[np.abs(start) < _NOTHING] = 0
         found = _choose(Group(weights[a:b], start, unit[a:b, a:b], curvature.pivots[a:b]), made.grid)
         made.scale[block] = found.scale
         if made.zero is not None and found.minimum is not None:

@@ -36,6 +36,9 @@ INLINE = 1024
 MIN_SIDE = 32
 """Matrices with fewer rows or columns stay float32: classifier heads and gates weigh nothing and decide much."""
 
+TINY = np.float32(1e-36)
+"""Scales up to here mean zero: their reciprocals may be beyond float32."""
+
 _PIECE = 1 << 20  # weights a task takes: a few MB of temporary arrays
 _FEEDBACK_ROWS = 512  # rows a task takes with error feedback: fixed, so that no sum depends on the number of threads
 
@@ -225,7 +228,7 @@ def _values(given: Quantised) -> Floats:
 
 def _nearest(w: Floats, scales: Floats, zeros: Bytes | None, fmt: NBits) -> Floats:
     """The integers, as float32, whose values lie nearest to `w`; halves go away from zero, as roundf does."""
-    reciprocal = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+    reciprocal = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=np.abs(scales) > TINY)
     q = w * reciprocal[..., None]
     q += np.float32(fmt.zero) if zeros is None else zeros[..., None].astype(np.float32)
     whole = np.rint(q)
@@ -248,7 +251,7 @@ def _round_to_nearest(w: Floats, fmt: NBits) -> Quantised:
 
 def _zero_for(low: Floats, scales: Floats, fmt: NBits) -> Bytes:
     """The zero point with which the integer 0 means about `low`."""
-    zero = np.divide(-low, scales, out=np.zeros_like(low), where=scales != 0)
+    zero = np.divide(-low, scales, out=np.zeros_like(low), where=scales > TINY)
     return np.clip(np.floor(zero + np.float32(0.5)), 0, fmt.top).astype(np.uint8)
 
 

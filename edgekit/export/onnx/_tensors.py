@@ -74,8 +74,8 @@ def place_of(tensor: TensorProto, folder: Path) -> Place:
 def _size(tensor: TensorProto) -> int:
     from onnx import helper
 
-    itemsize: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return prod(tensor.dims) * itemsize
+    itemsize = int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return itemsize * int(prod(tensor.dims))
 
 
 @dataclass(frozen=True, slots=True)
