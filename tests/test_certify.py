@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,53 @@ def test_what_is_no_artefact_is_said_in_words(model: Path, made: Path) -> None:
     with pytest.raises(EdgekitError, match="no level called"):
         certify(made, model, level="none")
     assert run(str(made), "--against", "no/such/model").returncode == 1
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+ONNX = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxruntime", "onnxruntime_genai", "torch", "transformers")),
+    reason="the extra `onnx` is not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, its int8 ONNX artefact)."""
+    root = tmp_path_factory.mktemp("onnx")
+    model = pico.llama(root / "pico", hidden=128, layers=2, ffn=256, tied=True)
+    options = pipeline.Options(out=root / "made", format="onnx", quant="int8", verify="none", threads=1)
+    return model, pipeline.convert(str(model), "rpi5", options).out
+
+
+@ONNX
+@pytest.mark.slow
+def test_an_onnx_artefact_is_certified(graph: tuple[Path, Path]) -> None:
+    model, made = graph
+    found = certify(made, model, threads=1)
+    assert found.format == "onnx"
+    names = [check.name for check in found.certificate.checks]
+    assert names[:2] == ["files", "source"] and {"bits", "tokens", "numbers", "text"} <= set(names)
+    assert found.as_json()["versions"]["onnxruntime"]
+
+
+@ONNX
+@pytest.mark.slow
+def test_an_onnx_artefact_that_was_changed_is_found(graph: tuple[Path, Path], tmp_path: Path) -> None:
+    model, made = graph
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    data = bytearray((copy / "model.onnx.data").read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 8192] = bytes(8192)
+    (copy / "model.onnx.data").write_bytes(data)
+    with pytest.raises(VerificationFailed, match=r"model\.onnx\.data"):
+        certify(copy, model, threads=1)
+    reseal(copy)
+    with pytest.raises(VerificationFailed):
+        certify(copy, model, threads=1)  # the hash is right, the numbers are not
+    other = pico.llama(tmp_path / "other", hidden=128, layers=2, ffn=256, tied=True, seed=1)
+    with pytest.raises(VerificationFailed, match="digest"):
+        certify(made, other, threads=1)
+    reseal(copy, lambda m: m.update(nodes=[{"node": "x"}]))
+    with pytest.raises(CorruptCheckpoint):
+        certify(copy, model, threads=1)
