@@ -111,7 +111,7 @@ def continue_greedily(folder: Path, ids: Sequence[int], n: int, threads: int = 1
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         model = genai.Model(config)
         params = genai.GeneratorParams(model)
-        params.set_search_options(do_sample=False, max_length=len(ids) + n)
+        params.set_search_options(do_sample=False)  # the length as it ships: a windowed cache has a least one
         generator = genai.Generator(model, params)
         generator.append_tokens(np.array([ids], np.int32))
         first = np.array(generator.get_logits(), np.float32).reshape(-1)
