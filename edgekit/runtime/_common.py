@@ -19,7 +19,11 @@ PENALTY_WINDOW = 64
 
 
 class Spent:
-    """Milliseconds and tokens of batches, those of one token (decode: True) apart."""
+    """Milliseconds and tokens of batches, those of one token (decode: True) apart.
+
+    llama_perf_context would tell the same of llama.cpp, but it books the first batch before it is computed
+    (llama_context::decode reserves its graphs, which synchronizes, after it has counted the tokens).
+    """
 
     def __init__(self) -> None:
         self.clear()

@@ -14,13 +14,14 @@ from time import perf_counter
 from typing import Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from edgekit.chat import Template
+from edgekit.embedding import Pooling, finish, read_pooling, shortened
 from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.host import detect
 from edgekit.runtime import Logits, Timings
+from edgekit.runtime._common import PENALTY_WINDOW, Spent, Tokens, checked, encoded, room_for, same_start
 from edgekit.runtime._llama_library import (
     attach_threadpool,
     build,
@@ -29,11 +30,11 @@ from edgekit.runtime._llama_library import (
     library,
     new_threadpool,
 )
+from edgekit.runtime._sampling import Sampling as Draws
 from edgekit.runtime._text import TextStream
 from edgekit.units import MIB
 
 Flash = Literal["auto", "on", "off"]
-Tokens = npt.NDArray[np.int32]
 
 KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}
 """Names of KV cache types -> ggml_type (ggml.h)."""
@@ -45,7 +46,6 @@ POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 """llama_pooling_type (llama.h)."""
 
 _OUTPUT_BUDGET = 64 * MIB
-_PENALTY_WINDOW = 64  # tokens looked back at; the default of llama.cpp's tools (common_params_sampling)
 _DECODE_ERRORS = {
     1: "the context is full",
     2: "the computation was aborted",
@@ -140,10 +140,7 @@ class Model:
         in the text is that token, not letters. Raises RuntimeFailed for a model without vocabulary."""
         if self._api.llama_vocab_type(self._vocab) == self._api.LLAMA_VOCAB_TYPE_NONE:
             raise RuntimeFailed(f"{self.path.name} has no vocabulary", "use token ids")
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise EdgekitError(f"half a surrogate pair at character {e.start} of the text: not Unicode") from None
+        data = encoded(text)
         room = len(data) + 8
         for _ in range(2):
             ids = (ctypes.c_int32 * room)()
@@ -172,15 +169,7 @@ class Model:
 
     def checked(self, tokens: Sequence[int]) -> Tokens:
         """`tokens` as int32, each within the vocabulary. Raises RuntimeFailed naming the first that is not."""
-        wide = np.asarray(tokens, np.int64).reshape(-1)
-        wrong = np.flatnonzero((wide < 0) | (wide >= self.n_vocab))
-        if wrong.size:
-            at = int(wrong[0])
-            raise RuntimeFailed(
-                f"token {wide[at]} at position {at} is not in the vocabulary of {self.n_vocab} of {self.path.name}",
-                "tokenize the text with this model",
-            )
-        return wide.astype(np.int32)
+        return checked(tokens, self.n_vocab, self.path.name)
 
     def close(self) -> None:
         self._handle = None
@@ -234,7 +223,7 @@ class Context:
                 "try a smaller --ctx-size, or an f16 cache",
             )
         self._handle: int | None = handle
-        self.spent = _Spent()
+        self.spent = Spent()
         self.n_ctx: int = min(settings.n_ctx or model.n_ctx_train, api.llama_n_ctx(handle))
         pool = new_threadpool(self.threads)
         if pool is not None:
@@ -500,22 +489,50 @@ class LlamaSession:
         if shown := text.flush():
             yield shown
 
-    def embed(self, texts: Sequence[str], *, normalize: bool = True) -> Logits:
-        """Pooled vectors -> float32 (len(texts), dim). Raises RuntimeFailed if not opened for embeddings."""
+    @cached_property
+    def pooling(self) -> Pooling:
+        """What the files of sentence-transformers beside the GGUF say; how tokens are pooled is in the GGUF itself."""
+        return read_pooling(self.model.path.parent)
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> Logits:
+        """Pooled vectors -> float32 (len(texts), dim), as sentence-transformers makes them from the files beside.
+
+        Those files say which prompt goes in front, where a text is cut, and whether vectors have length 1 (`normalize`
+        None). Where there are none, vectors have length 1 and a text that does not fit is refused. Raises RuntimeFailed
+        if not opened for embeddings, UnknownName.
+        """
         if not self._embeddings:
             raise RuntimeFailed("the session was not opened for embeddings", "open it with embeddings=True")
-        dim = self._api.llama_model_n_embd_out(self.model.handle)
-        out = np.zeros((len(texts), dim), np.float32)
+        pooling, lead = self.pooling, self.pooling.prompt(prompt, prompt_name)
+        if lead and not pooling.include_prompt:
+            raise RuntimeFailed("llama.cpp pools the prompt with the text; this model must not", "use --format onnx")
+        out = np.zeros((len(texts), self._api.llama_model_n_embd_out(self.model.handle)), np.float32)
         for row, text in zip(out, texts, strict=True):
-            ids = self._admitted(self.tokenize(text, add_special=True))
+            whole = lead + text
+            ids = self._admitted(self._cut(whole.lower() if pooling.lower else whole))
             if not len(ids):
                 raise RuntimeFailed("an empty text has no embedding", "leave it out")
             self._take_turn(forget=True)
             self.context.decode(ids, 0, 0)
-            row[:] = _copy(self._api.llama_get_embeddings_seq(self.context.handle, 0), dim)
-        if normalize:
-            out /= np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
-        return out
+            row[:] = _copy(self._api.llama_get_embeddings_seq(self.context.handle, 0), len(row))
+        return finish(out, pooling, normalize=normalize if pooling.stated or normalize is not None else True)
+
+    def _cut(self, text: str) -> list[int]:
+        """Tokens of `text`, as many as the model's files allow; the special ones around it stay."""
+        ids = self.tokenize(text, add_special=True)
+        limit = min(self.pooling.max_length or self.n_ctx, self.n_ctx)
+        if not self.pooling.stated or len(ids) <= limit:
+            return ids
+        if not any("are cut" in note for note in self.notes):
+            self.notes = (*self.notes, f"texts of more than {limit} tokens are cut to that")
+        return shortened(ids, self.tokenize(text, add_special=False), limit)
 
     def timings(self) -> Timings:
         spent = self.context.spent
@@ -523,7 +540,7 @@ class LlamaSession:
 
     def reset(self) -> None:
         self._take_turn(forget=True)
-        self.context.spent = _Spent()
+        self.context.spent = Spent()
 
     def close(self) -> None:
         self.context.close()
@@ -536,12 +553,7 @@ class LlamaSession:
         self.close()
 
     def _admitted(self, tokens: Sequence[int]) -> Tokens:
-        ids = self.model.checked(tokens)
-        if len(ids) > self.n_ctx:
-            raise RuntimeFailed(
-                f"{len(ids)} tokens do not fit in a context of {self.n_ctx}", "shorten the text or raise --ctx-size"
-            )
-        return ids
+        return room_for(self.model.checked(tokens), self.n_ctx)
 
     def _take_turn(self, *, forget: bool) -> int:
         """From now on the memory belongs to this call; an iterator of an earlier one can go no further."""
@@ -568,9 +580,7 @@ class LlamaSession:
         The last token is always computed: its logits are wanted. A sliding window may have lost what a position
         behind it needs, and recurrent memory cannot be cut: then everything is read again.
         """
-        held = np.array(self._fed[: len(ids) - 1], np.int32)
-        same = held == ids[: len(held)]
-        keep = len(held) if same.all() else int(np.argmin(same))
+        keep = same_start(self._fed, ids)
         window = self._api.llama_model_n_swa(self.model.handle)
         lost = window > 0 and self.context.first_kept() > max(0, keep - window)
         if keep == 0 or lost or not self.context.forget(keep):
@@ -580,16 +590,10 @@ class LlamaSession:
         return keep
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is drawn: llama.cpp's own chain, see `LlamaSession.generate`."""
+class Sampling(Draws):
+    """How the next token is drawn, by llama.cpp's own chain."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    seed: int
+    __slots__ = ()
 
     def build(self, api: Any, n_vocab: int, prompt: Tokens) -> int:
         """A `llama_sampler *` chain, in the order of llama.cpp's own tools, that has seen the end of `prompt`.
@@ -599,7 +603,7 @@ class Sampling:
         chain: int = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         steps = []
         if self.repeat_penalty != 1.0:
-            steps.append(api.llama_sampler_init_penalties(n_vocab, _PENALTY_WINDOW, self.repeat_penalty, 0.0, 0.0))
+            steps.append(api.llama_sampler_init_penalties(n_vocab, PENALTY_WINDOW, self.repeat_penalty, 0.0, 0.0))
         if self.temperature <= 0:
             steps.append(api.llama_sampler_init_greedy())
         else:
@@ -612,25 +616,9 @@ class Sampling:
             ]
         for step in steps:
             api.llama_sampler_chain_add(chain, step)
-        for token in prompt[-_PENALTY_WINDOW:].tolist():
+        for token in prompt[-PENALTY_WINDOW:].tolist():
             api.llama_sampler_accept(chain, token)
         return chain
-
-
-class _Spent:
-    """Milliseconds and tokens of batches, those of one token (decode: True) apart.
-
-    llama_perf_context would tell the same, but it books the first batch before it is computed (llama_context::decode
-    reserves its graphs, which synchronizes, after it has counted the tokens).
-    """
-
-    def __init__(self) -> None:
-        self.ms = {False: 0.0, True: 0.0}
-        self.tokens = {False: 0, True: 0}
-
-    def add(self, n: int, seconds: float) -> None:
-        self.ms[n == 1] += 1e3 * seconds
-        self.tokens[n == 1] += n
 
 
 class _Batch:
