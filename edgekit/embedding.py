@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.checkpoint import TensorRef
 from edgekit.errors import CorruptCheckpoint, UnknownName, UnsupportedModel
 from edgekit.safetensors_file import open_safetensors
 
@@ -146,11 +145,15 @@ def _modules(root: Path) -> list[tuple[str, str]]:
     return out
 
 
-def module_folders(root: Path) -> tuple[str, ...]:
-    """Folders of the modules behind the transformer that hold files, as modules.json names them. Raises as above."""
+def files_of(root: Path) -> tuple[str, ...]:
+    """Names of the files in `root` that `read_pooling` reads beside config and tokenizer: what an artefact has to keep.
+
+    Raises as `read_pooling`.
+    """
     listed = _modules(root)
-    paths = [path for _, path in listed[1:]] if listed else ["1_Pooling"]
-    return tuple(path for path in paths if (root / path / "config.json").is_file())
+    folders = [path for _, path in listed[1:]] if listed else ["1_Pooling"]
+    inner = [f"{folder}/{name}" for folder in folders for name in ("config.json", "model.safetensors")]
+    return tuple(name for name in (*FILES, *inner) if (root / name).is_file())
 
 
 def _must_stay(path: str) -> None:
@@ -267,9 +270,14 @@ def _matrix(path: Path, name: str, dims: int) -> Floats:
         raise CorruptCheckpoint(f"{path}: {name} is not a float tensor of {dims} dimensions")
     if not 0 < max(entry.shape) <= _MAX_WIDTH or 0 in entry.shape:
         raise CorruptCheckpoint(f"{path}: {name} has shape {list(entry.shape)}; up to {_MAX_WIDTH} are allowed")
-    stamp = (file.size, file.mtime_ns)
-    ref = TensorRef(name, entry.shape, entry.dtype, entry.stop - entry.start, path, entry.start, stamp)
-    return ref.load()
+    with path.open("rb") as opened:
+        opened.seek(entry.start)
+        raw = opened.read(entry.stop - entry.start)
+    if len(raw) != entry.stop - entry.start:
+        raise CorruptCheckpoint(f"{path} shrank while it was read")
+    if entry.dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
+    return np.frombuffer(raw, "<f4" if entry.dtype == "F32" else "<f2").astype(np.float32).reshape(entry.shape)
 
 
 def _object(root: Path, name: str) -> dict[str, Any] | None:

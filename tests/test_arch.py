@@ -559,14 +559,14 @@ def test_family_from_architectures_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("modules", "pooling", "words"),
     [
-        ([{"type": "a.Dense", "path": "3_Dense"}], {}, "Dense"),
+        ([{"type": "a.LSTM", "path": "3_LSTM"}], {}, "LSTM"),
         ([{"type": "a.Pooling", "path": "../1_Pooling"}], {}, "points out of"),
         ([{"type": "a.Pooling", "path": "/etc"}], {}, "points out of"),
         (["a.Pooling"], {}, "not a list of objects"),
-        (None, {"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens"),
-        (None, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, "pooling_mode_mean_tokens"),
+        (None, {"pooling_mode_max_tokens": True}, "pooling max"),
+        (None, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, "pooling max.mean"),
         (None, [], "not an object"),
-        (None, {"pooling_mode": ["mean"]}, "mean"),
+        (None, {"pooling_mode": ["mean", 1]}, "mean"),
     ],
 )
 def test_pooling_refused(modules: Any, pooling: Any, words: str, picos: Callable[[str], Path], tmp_path: Path) -> None:

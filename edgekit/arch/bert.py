@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from edgekit.arch._config import Settings
 from edgekit.arch._decoder import GELU, B, keys, layer_norm, read_dims, square_heads
 from edgekit.arch._family import Family, Output, Reading, output
 from edgekit.arch._types import Role
-from edgekit.errors import CorruptCheckpoint, UnsupportedModel
+from edgekit.embedding import read_pooling
+from edgekit.errors import UnsupportedModel
 from edgekit.gguf_file import MetaValue
 
 _E, _L = "embeddings.", "encoder.layer.{l}."
@@ -56,9 +55,6 @@ DEFAULTS = {
 
 POOLING = {"mean": 1, "cls": 2, "lasttoken": 3}
 """llama_pooling_type by the name in sentence-transformers."""
-_FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
-_HARMLESS_MODULES = ("Transformer", "Pooling", "Normalize")
-_MAX_JSON = 1 << 20
 
 
 def canonical(name: str) -> str:
@@ -82,50 +78,20 @@ def read(s: Settings, root: Path) -> Reading:
 
 
 def pooling(root: Path) -> dict[str, MetaValue]:
-    """How token vectors become one: `modules.json` names the folder, else it is `1_Pooling`. Empty if neither is there.
+    """How token vectors become one, as the files of sentence-transformers say. Empty where there are none.
 
     Raises UnsupportedModel for pooling or modules that llama.cpp does not compute, CorruptCheckpoint.
     """
-    folder = "1_Pooling"
-    if (modules := _json(root / "modules.json")) is not None:
-        folder = _pooling_folder(modules)
-    config = _json(root / folder / "config.json") if folder else None
-    if config is None:
+    said = read_pooling(root)
+    if not said.stated:
         return {}
-    if not isinstance(config, dict):
-        raise CorruptCheckpoint(f"{root / folder / 'config.json'} is not an object")
-    chosen = {key for key, on in config.items() if key.startswith("pooling_mode_") and on}
-    name = config.get("pooling_mode") or _FLAGS.get(next(iter(chosen), ""))
-    if len(chosen) > 1 or not isinstance(name, str) or name not in POOLING:
-        raise UnsupportedModel(f"pooling {sorted(chosen) or name!r}: llama.cpp computes {', '.join(POOLING)}")
-    return {"pooling_type": POOLING[name]}
-
-
-def _pooling_folder(modules: Any) -> str:
-    """The folder of the Pooling module, within the model's own. Raises UnsupportedModel, CorruptCheckpoint."""
-    if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
-        raise CorruptCheckpoint("modules.json is not a list of objects")
-    folder = ""
-    for module in modules:
-        kind, path = str(module.get("type", "")).rpartition(".")[2], str(module.get("path", ""))
-        if kind not in _HARMLESS_MODULES:
-            raise UnsupportedModel(f"modules.json: module {kind or '?'!r}: llama.cpp computes nothing after pooling")
-        if kind == "Pooling":
-            folder = path
-    if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts or "\\" in folder:
-        raise CorruptCheckpoint(f"modules.json: path {folder!r} points out of the model's folder")
-    return folder
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    if path.stat().st_size > _MAX_JSON:
-        raise CorruptCheckpoint(f"{path}: more than {_MAX_JSON} bytes")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise CorruptCheckpoint(f"{path}: not JSON: {e}") from None
+    if len(said.kinds) > 1 or said.kinds[0] not in POOLING:
+        raise UnsupportedModel(f"pooling {said.kind}: llama.cpp computes {', '.join(POOLING)}", "try --format onnx")
+    if said.dense:
+        raise UnsupportedModel("modules.json: Dense: llama.cpp computes nothing after pooling", "try --format onnx")
+    if not said.include_prompt:
+        raise UnsupportedModel("pooling without the prompt: llama.cpp pools every token", "try --format onnx")
+    return {"pooling_type": POOLING[said.kinds[0]]}
 
 
 _LEFT_OUT = ("embeddings.position_ids", "pooler.*", "cls.*")

@@ -103,8 +103,18 @@ class Session(Protocol):
     ) -> Iterator[str]:
         """As `generate`, as text: never half a character, never any part of a stop string."""
 
-    def embed(self, texts: Sequence[str], *, normalize: bool = True) -> Logits:
-        """One vector a text -> float32 (len(texts), dim); of length 1 if `normalize`."""
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> Logits:
+        """One vector a text -> float32 (len(texts), dim); of length 1 if `normalize`, None: as the model's files say.
+
+        `prompt` goes in front of every text, or the one that those files call `prompt_name`, or their default.
+        """
 
     def timings(self) -> Timings: ...
     def reset(self) -> None:

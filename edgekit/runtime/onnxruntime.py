@@ -212,7 +212,14 @@ class DecoderSession:
         if shown := text.flush():
             yield shown
 
-    def embed(self, texts: Sequence[str], *, normalize: bool | None = None) -> Logits:
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> Logits:
         """Raises RuntimeFailed: the graph of a decoder gives logits."""
         raise RuntimeFailed(f"{self._name} writes text and gives no vectors", "convert an embedding model")
 

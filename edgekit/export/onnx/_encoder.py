@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgekit.checkpoint._files import inside, read_json
-from edgekit.embedding import FILES, module_folders
+from edgekit.embedding import FILES, files_of
 from edgekit.errors import (
     CorruptCheckpoint,
     EdgekitError,
@@ -57,7 +57,6 @@ CARRIED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
-    *FILES,
 )
 """Files of the model's folder that ship beside the graph, as they are, where they exist."""
 
@@ -235,13 +234,10 @@ def ship(root: Path, graph: Path, stage: Path) -> Path:
 
 
 def carry(root: Path, stage: Path) -> tuple[str, ...]:
-    """Copy the files of a model's folder that a runtime reads beside the weights -> their names.
-
-    Of sentence-transformers: its three files, and config.json and the weights of the modules after the first.
-    """
+    """Copy the files of a model's folder that a runtime reads beside the weights -> their names."""
     names = [name for name in CARRIED if (root / name).is_file()]
-    for folder in module_folders(root):
-        names += [f"{folder}/{n}" for n in ("config.json", "model.safetensors") if (root / folder / n).is_file()]
+    if task_of(read_json(root, "config.json"), root) == EMBED:  # a cross-encoder's modules are other ones
+        names += files_of(root)
     for name in names:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(root, name), stage / name)

@@ -68,7 +68,7 @@ def quantize(
 
 
 def batches_of(root: Path, texts: Sequence[str], *, most: int = 512) -> list[Feeds]:
-    """Texts as the model in `root` reads them, cut to `most` tokens -> batches to calibrate with. Raises EdgekitError."""
+    """Texts as the model in `root` reads them, cut to `most` tokens -> batches to calibrate with."""
     limit = positions(read_json(root, "config.json")) or most
     tokenizer = open_tokenizer(root, max_length=min(limit, most))
     return [
