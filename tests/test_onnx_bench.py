@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit import benchmark, corpus, flips, pipeline
+from edgekit import benchmark, corpus, evaluation, flips, pipeline, report
 from edgekit.benchmark import BenchResult, bench
 from edgekit.benchmark._graph import weights_of
 from edgekit.errors import CorruptCheckpoint, EdgekitError, RuntimeFailed
@@ -235,6 +235,10 @@ def test_encoders_are_compared_by_their_vectors(tmp_path: Path) -> None:
     assert coarse.cosine_mean < fine.cosine_mean < exact.cosine_mean and coarse.spearman < exact.spearman
     assert fine.pairs == fine.texts * (fine.texts - 1) // 2
     assert found["Q8_0"].comparison is None and found["Q8_0"].as_json()["embeddings"]["width"] == fine.width
+    evaluation.keep(found["Q8_0"], made["Q8_0"])
+    benchmark.keep(bench(made["Q8_0"], prompt=16, texts=2, repetitions=1, threads=1, isolate=False), made["Q8_0"])
+    page = report.write([made["Q8_0"]], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"{fine.cosine_mean:.5f}"[:7] in page and "Spearman" in page and "2 × 16" in page
     with pytest.raises(EdgekitError, match="predicts no tokens"):
         evaluate(made["F32"], pico.llama(tmp_path / "llama"), Options(threads=1))
     with pytest.raises(EdgekitError, match="predicts no tokens") as caught:

@@ -165,7 +165,7 @@ def read_facts(folder: Path) -> Facts:
         context=positive(at(m, "plan", "context")),
         memory=tuple(_memory(at(m, "plan", "memory"))),
         usable=positive(at(m, "plan", "memory", "usable")),
-        decode=positive(at(m, "plan", "forecast", "decode_tok_s")),
+        decode=positive(at(m, "plan", "forecast", "decode_tok_s")) if _writes(m) else None,
         prefill=positive(at(m, "plan", "forecast", "prefill_tok_s")),
         band=positive(at(m, "plan", "forecast", "band_pct")),
         basis=text(at(m, "plan", "forecast", "basis")),
@@ -276,13 +276,16 @@ _FIGURES = {
     "top1": "top1_stderr",
     "delta_p_mean": "delta_p_mean_stderr",
     "delta_p_rms": "delta_p_rms_stderr",
+    "cosine_mean": "cosine_stderr",
+    "cosine_min": "",
+    "spearman": "",
 }
 
 
 def _figures(manifest: Any, evaluation: Any) -> tuple[dict[str, Figure], str]:
     """Figures against a reference and where they come from: a kept evaluation, else full verification."""
     for origin, value in (
-        (_evaluated(evaluation), at(evaluation, "comparison")),
+        (_evaluated(evaluation), at(evaluation, "comparison") or at(evaluation, "embeddings")),
         ("the built-in text, when it was verified", at(manifest, "certificate", "figures", "against_source")),
     ):
         found = {k: f for k, e in _FIGURES.items() if (f := _figure(value, k, e)) is not None}
@@ -291,9 +294,15 @@ def _figures(manifest: Any, evaluation: Any) -> tuple[dict[str, Figure], str]:
     return {}, ""
 
 
+def _writes(manifest: Any) -> bool:
+    """False for an ONNX artefact that is no decoder: it decodes nothing."""
+    return text(at(manifest, "task")) in ("", "text-generation")
+
+
 def _evaluated(evaluation: Any) -> str:
     tokens = _count(at(evaluation, "comparison", "tokens"))
-    scored = f", {tokens:,} tokens scored" if tokens else ""
+    texts = _count(at(evaluation, "embeddings", "texts"))
+    scored = f", {tokens:,} tokens scored" if tokens else f", {texts:,} sentences" if texts else ""
     return f"{text(at(evaluation, 'text'))}, against {text(at(evaluation, 'reference'))}{scored}"
 
 
@@ -318,7 +327,9 @@ def _speeds(value: Any) -> Iterator[Speed]:
         prompt, generated, tok_s = (number(at(row, k)) or 0 for k in ("n_prompt", "n_gen", "avg_ts"))
         if tok_s <= 0 or not (prompt or generated):
             continue
+        texts = _count(at(row, "n_texts"))
         name = f"pp{prompt:.0f}" if prompt else f"tg{generated:.0f}"
+        name = f"{texts} × {prompt:.0f}" if texts and prompt else name
         machine = text(at(row, "board")) or text(at(row, "cpu_info"))
         threads = _count(at(row, "n_threads"))
         where = f"{machine}, {threads} threads" if threads else machine

@@ -179,6 +179,9 @@ _QUALITY = (
     ("top1", "the same top token, %", ".2f", 100),
     ("delta_p_mean", "Δp mean, %", ".3f", 100),
     ("delta_p_rms", "Δp RMS, %", ".3f", 100),
+    ("cosine_mean", "cosine of the vectors, mean", ".5f", 1),
+    ("cosine_min", "cosine of the vectors, lowest", ".5f", 1),
+    ("spearman", "Spearman over pairs of sentences", ".5f", 1),
 )
 
 
