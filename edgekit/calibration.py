@@ -187,7 +187,7 @@ def write_text(
     sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.02, repeat_penalty=1.0, seed=seed)
     chunks = parallel.write(
         session,
-        lambda number: _opening(session, template, number),
+        lambda number: opening(session, template, number),
         tokens,
         sampling,
         length=min(CHUNK, session.n_ctx),
@@ -197,7 +197,8 @@ def write_text(
     return Text(f"self, seed {seed}", tuple(chunks))
 
 
-def _opening(session: Session, template: chat.Template | None, number: int) -> list[int]:
+def opening(session: Session, template: chat.Template | None, number: int) -> list[int]:
+    """What text `number` of the model's own begins with: a question in its template, or a few words of prose."""
     if template is not None and number % 2 == 0:
         question = OPENINGS[number // 2 % len(OPENINGS)]
         text = template.render([{"role": "user", "content": question}])

@@ -102,6 +102,9 @@ class _Lines:
         self._started: dict[str, float] = {}
 
     def __call__(self, task: str, done: int, total: int) -> None:
+        if total == 0:
+            print(task, file=sys.stderr, flush=True)  # noqa: T201
+            return
         now = time.monotonic()
         started = self._started.setdefault(task, now)
         if done >= total and now - started > 1:
@@ -127,6 +130,9 @@ def _bars() -> Iterator[Progress]:
         known: dict[str, Any] = {}
 
         def progress(task: str, done: int, total: int) -> None:
+            if total == 0:
+                bars.console.print(f"[dim]{plain(task)}", soft_wrap=True)
+                return
             if task not in known:
                 known[task] = bars.add_task(task, total=total, shown="")
             bars.update(known[task], completed=done, total=total, shown=_amount(task, done, total))

@@ -167,13 +167,7 @@ class _Reader:
             lambda: calibration.read_text(path, self.session, self.template, limit=limit),
             **facts, name=path.name, content=_content(path), limit=limit,
         )  # fmt: skip
-        count = max(1, round(len(whole.chunks) * chosen.held_out / limit))
-        if len(whole.chunks) < 2:
-            raise EdgekitError(
-                f"{whole.name} has {whole.tokens} tokens: too few to learn from one part and judge by another",
-                f"give at least {2 * calibration.CHUNK} tokens, or use --calibration self",
-            )
-        return Text(whole.name, whole.chunks[:-count]), _long_enough(Text(whole.name, whole.chunks[-count:]))
+        return split(whole, chosen.held_out / limit)
 
     def _written(self, tokens: int, seed: int, facts: Mapping[str, Any]) -> Text:
         return self._text(
@@ -304,6 +298,17 @@ def _content(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:
         raise EdgekitError(f"cannot read {path}: {e.strerror}", "--calibration FILE, self or none") from None
+
+
+def split(whole: Text, share: float) -> tuple[Text, Text]:
+    """(to learn from, to judge by): the last `share` of a text is held out. Raises EdgekitError for too little."""
+    count = max(1, round(len(whole.chunks) * share))
+    if len(whole.chunks) < 2:
+        raise EdgekitError(
+            f"{whole.name} has {whole.tokens} tokens: too few to learn from one part and judge by another",
+            f"give at least {2 * calibration.CHUNK} tokens, or use --calibration self",
+        )
+    return Text(whole.name, whole.chunks[:-count]), _long_enough(Text(whole.name, whole.chunks[-count:]))
 
 
 def _long_enough(text: Text) -> Text:

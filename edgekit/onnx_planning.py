@@ -16,7 +16,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnknownName
 from edgekit.forecast import Forecast, Workload, forecast
 from edgekit.planning import COMFORTABLE, Memory
-from edgekit.quant.nbits import NBits, data_bytes, tensor_sizes, worthwhile
+from edgekit.quant.nbits import INLINE, NBits, data_bytes, tensor_sizes, worthwhile
 from edgekit.target import Target
 from edgekit.units import show_bytes
 
@@ -348,7 +348,7 @@ def _one(
         stored=stored,
         shape=shape,
         data_bytes=data,
-        graph_bytes=graph_bytes(shape, task),
+        graph_bytes=graph_bytes(shape, task, stored),
         build_bytes=build_bytes,
         context=context,
         memory=memory,
@@ -389,9 +389,13 @@ def compute_bytes(shape: Shape, context: int) -> int:
     return block + 4 * shape.vocab * (1 if shape.causal else 0)
 
 
-def graph_bytes(shape: Shape, task: str) -> int:
-    """Bytes of the graphs without weights: about 6 KB a layer and graph, and a decoder has two graphs."""
-    return (2 if task == GENERATION else 1) * (4_000 + 6_000 * shape.layers)
+def graph_bytes(shape: Shape, task: str, stored: Sequence[Stored]) -> int:
+    """Bytes of the graphs: what is too small for the data file, and about 6.6 KB of nodes and names for each layer.
+
+    A decoder has two graphs.
+    """
+    inside = sum(size for s in stored for size in s.sizes if size < INLINE)
+    return (2 if task == GENERATION else 1) * (3_700 + 6_600 * shape.layers + inside)
 
 
 def _forecast(stored: Sequence[Stored], shape: Shape, context: int, variant: Variant, target: Target) -> Forecast:

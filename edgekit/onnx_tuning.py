@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgekit import calibration, reference
+from edgekit import calibration, learning, reference
+from edgekit import effort as efforts
+from edgekit.calibration import Text
 from edgekit.export import onnx
 from edgekit.onnx_planning import OnnxPlan
 from edgekit.quality import Columns
 from edgekit.reference import CompactReference
+from edgekit.runtime import Session
 from edgekit.runtime.opening import open_session
-from edgekit.tuning import EFFORTS, Candidate, chance_no_better
-from edgekit.tuning import _texts as split_texts
+from edgekit.tuning import Candidate, chance_no_better
 from edgekit.units import Progress, silent
 
 Moments = Mapping[str, npt.NDArray[np.float32]]
@@ -62,13 +64,34 @@ def learn(
 
     The last part of a file, or texts of another seed, are held out: nothing that is learned comes from them.
     """
-    tokens, held_out = EFFORTS[effort]
+    wanted = efforts.find(effort)
     with open_session(source, n_ctx=min(calibration.CHUNK, context), threads=threads) as session:
-        learned, judged = split_texts(session, text, session.template, tokens, held_out, progress)
+        if text == "self":
+            learned = _written(session, wanted.tokens, 1, progress)
+            judged = _written(session, wanted.held_out, 1_000_003, progress)
+        else:
+            limit = wanted.tokens + wanted.held_out
+            whole = calibration.read_text(Path(text), session, session.template, limit=limit)
+            learned, judged = learning.split(whole, wanted.held_out / limit)
         judge = reference.record(session, judged.chunks, progress=progress)
     batches = [np.asarray(chunk, np.int64)[None] for chunk in learned.chunks]
     moments = onnx.observe(source / onnx.GRAPH, batches, progress=progress)
     return Knowledge(moments, judge, learned.name, learned.tokens)
+
+
+def _written(session: Session, tokens: int, seed: int, progress: Progress) -> Text:
+    """Text that the model writes itself, one after the other: this engine decodes one sequence at a time."""
+    chunks: list[tuple[int, ...]] = []
+    done = 0
+    while done < tokens:
+        number = len(chunks)
+        ids = calibration.opening(session, session.template, number)
+        room = max(1, session.n_ctx - len(ids))
+        ids += session.generate(ids, room, temperature=1.0, top_k=0, top_p=1.0, min_p=0.02, seed=seed + number)
+        chunks.append(tuple(ids))
+        done += max(1, len(ids))
+        progress("write text", min(done, tokens), tokens)
+    return Text(f"self, seed {seed}", tuple(c for c in chunks if len(c) >= reference.SHORTEST))
 
 
 def choose(

@@ -33,7 +33,8 @@ class Stage(Strict):
 class Export(Strict):
     """What is written. `quant` is a preset, or `auto`: the first of `candidates` that fits the target.
 
-    `calibration`: `none`, `self` (text the model writes), or a file of text or of an importance matrix.
+    `calibration`: `none`, `self` (text the model writes), `auto` (`self` where that takes this machine less than about
+    ten minutes and can make a difference), or a file of text or of an importance matrix.
     """
 
     format: Literal["gguf", "onnx", "auto"] = "gguf"

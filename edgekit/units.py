@@ -10,7 +10,8 @@ from edgekit.errors import EdgekitError
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 Progress = Callable[[str, int, int], None]
-"""Called with (task, done, total): `done` counts up to `total` for each task name. Units are the task's own."""
+"""Called with (task, done, total): `done` counts up to `total` for each task name. Units are the task's own. A total of
+0 makes `task` a line to show: see `announce`."""
 
 _FACTOR = {
     "": 1,
@@ -32,6 +33,11 @@ _FACTOR = {
 
 def silent(task: str, done: int, total: int) -> None:
     """A Progress that shows nothing."""
+
+
+def announce(progress: Progress, text: str) -> None:
+    """Show a line of text where progress is shown, such as how much work is to come."""
+    progress(text, 0, 0)
 
 
 def parse_bytes(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ from edgekit.units import Progress
 if TYPE_CHECKING:  # a plan needs neither the runtime nor what measures with it
     from edgekit.tuning import Outcome
     from edgekit.verification import Certificate
+
+
+NEVER_CALIBRATED = 8.0
+"""Bits per weight above which `auto` reads no text: what rounding costs there is less than anybody can measure."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,7 @@ def convert(
     Raises DoesNotFit (exit 3), VerificationFailed (exit 4, nothing sealed) and the other EdgekitErrors (exit 1).
     """
     source = open_source(model, name=options.name, progress=progress)
-    wanted = options.calibration or recipe.export.calibration
-    if wanted == "none" and options.calibration is None and size_budget(source, options):
-        wanted = "self"  # a size is best met by measuring what its bytes are worth
+    wanted, skipped = _calibration(source, device, recipe, options)
     brought = _brought(wanted, source)
     names = importance_names(source, wanted, brought)
     decided = plan_source(source, device, options, names)
@@ -100,7 +103,7 @@ def convert(
     name = source.checkpoint.name
     out = options.out or Path(f"{name}-{device.name}")
     artifact.refuse_overwrite(out, force=options.force)
-    conversion = Conversion(decided, source, device, out, warnings=_warnings(source, decided))
+    conversion = Conversion(decided, source, device, out, warnings=(*_warnings(source, decided), *skipped))
     if dry_run:
         return conversion
     return _make(conversion, _Job(name, recipe, options, wanted, brought), progress)
@@ -119,6 +122,35 @@ class _Job:
     @property
     def threads(self) -> int:
         return self.options.threads or usable_cores()
+
+
+def _calibration(source: Source, device: Target, recipe: Recipe, options: Options) -> tuple[str, tuple[str, ...]]:
+    """(what is read to learn from, why nothing is if that was not the user's choice)."""
+    wanted = options.calibration or recipe.export.calibration
+    if wanted == "none" and options.calibration is None and size_budget(source, options):
+        return "self", ()  # a size is best met by measuring what its bytes are worth
+    if wanted != "auto":
+        return wanted, ()
+    if not source.blueprint.geometry.causal:
+        return "none", ()
+    from edgekit import effort
+
+    decided = plan_source(source, device, options)
+    if decided.bits_per_weight > NEVER_CALIBRATED or not decided.memory.fits:
+        return "none", ()
+    reason = effort.worth_it(decided, options.effort) or _no_room(decided)
+    return ("none", (reason,)) if reason else ("self", ())
+
+
+def _no_room(decided: Plan) -> str | None:
+    """Why this machine cannot hold the unquantised model that calibrating reads, or None."""
+    from edgekit import verification
+
+    try:
+        verification.need_memory(4 * decided.parameters + decided.file_bytes)
+    except DoesNotFit as e:
+        return f"not calibrated: {e}"
+    return None
 
 
 def _brought(calibration: str, source: Source) -> Imatrix | None:
@@ -182,27 +214,25 @@ def _write(conversion: Conversion, job: _Job, stage: Path, progress: Progress) -
 
 
 def _tune(conversion: Conversion, job: _Job, folder: Path, progress: Progress) -> Outcome:
-    from edgekit import tuning, verification
+    from edgekit import effort, tuning, verification
 
     decided, source = conversion.plan, conversion.source
-    with verification.unquantised(folder, decided, threads=job.threads, progress=progress) as model:
-        known = tuning.learn(
-            model,
-            decided,
-            job.calibration,
-            verification.chat_template(source.checkpoint, source.vocabulary),
-            digest=source.checkpoint.digest,
-            effort=job.options.effort,
-            spill=tuning.spill_folder(folder, decided),
-            threads=job.threads,
-            progress=progress,
-        )
-        prefer = job.options.prefer or job.recipe.export.prefer
-        budget = size_budget(source, job.options) or decided.file_bytes
-        tried = tuning.attempts(
-            decided, known, budget, conversion.target, prefer=prefer, effort=job.options.effort, progress=progress
-        )
-        return tuning.choose(tried, known, folder, threads=job.threads, progress=progress)
+    work = effort.estimate(decided, job.options.effort, effort.measure_speed(job.threads), source=job.calibration)
+    announce(progress, f"learning what to keep: {work}")
+    return tuning.tune(
+        partial(verification.unquantised, folder, decided, threads=job.threads, progress=progress),
+        decided,
+        job.calibration,
+        verification.chat_template(source.checkpoint, source.vocabulary),
+        folder,
+        target=conversion.target,
+        budget=size_budget(source, job.options) or decided.file_bytes,
+        digest=source.checkpoint.digest,
+        effort=job.options.effort,
+        prefer=job.options.prefer or job.recipe.export.prefer,
+        threads=job.threads,
+        progress=progress,
+    )
 
 
 def file_name(name: str, decided: Plan) -> str:

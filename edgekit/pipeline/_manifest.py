@@ -52,6 +52,8 @@ def learned(outcome: Outcome | None) -> dict[str, Any]:
     return {
         "calibration": {"text": outcome.text, "tokens": outcome.tokens, "held_out": outcome.held_out},
         "candidates": [asdict(c) for c in outcome.candidates],
+        "ladder": [asdict(c) for c in outcome.ladder],
+        "flips": outcome.flips.as_json() if outcome.flips else None,
         "doubt": outcome.doubt,
     }
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgekit import artifact, onnx_planning
 from edgekit.artifact import Artifact
@@ -180,15 +180,25 @@ def _store(
     """The quantized graph in `work`: stored at once, or chosen among candidates where there is text to learn from."""
     from edgekit.export import onnx
 
-    wanted = options.calibration or recipe.export.calibration
     decided = done.plan
+    wanted = options.calibration or recipe.export.calibration
     if decided.shape.causal:
         onnx.cut_positions(graph, decided.context)
-    if not decided.shape.causal or wanted == "none":
+    if not decided.shape.causal or wanted in ("none", "auto"):
         place = work / "stored"
         place.mkdir()
-        layers = decided.shape.layers
-        return done, onnx.store(graph, place / onnx.GRAPH, decided.variant, layers, None, threads, progress=progress)
+        kind: Literal["int8", "uint8"] = "int8" if "TensorRT" in done.target.ort_providers else "uint8"
+        return done, onnx.store(
+            graph,
+            place / onnx.GRAPH,
+            decided.variant,
+            decided.shape.layers,
+            None,
+            threads,
+            feeds=_feeds(done, graph, wanted) if decided.variant.kind == "static" else (),
+            kind=kind,
+            progress=progress,
+        )
     from edgekit import onnx_tuning
 
     known = onnx_tuning.learn(
@@ -196,6 +206,27 @@ def _store(
     )
     outcome = onnx_tuning.choose(_rivals(done, options), known, graph.parent, work, threads=threads, progress=progress)
     return replace(done, plan=outcome.plan, outcome=outcome), outcome.stored
+
+
+def _feeds(done: OnnxConversion, graph: Path, calibration: str) -> list[Any]:
+    """What fixed ranges are learned from: the lines of the user's text, else sentences of the built-in one."""
+    from edgekit import corpus
+    from edgekit.export import onnx
+
+    text = corpus.TEXT.replace(". ", ".\n")
+    if calibration not in ("none", "self", "auto"):
+        text = _text(Path(calibration))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return onnx.encoder_feeds(done.source.checkpoint.root, graph, lines[:512], min(512, done.plan.context))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise EdgekitError(f"{path}: byte {e.start} is not UTF-8", "save the text as UTF-8") from None
+    except OSError as e:
+        raise EdgekitError(f"cannot read {path}: {e.strerror}", "--calibration FILE, or none") from None
 
 
 def _rivals(done: OnnxConversion, options: Options) -> list[OnnxPlan]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgekit.batches import open_tokenizer
+from edgekit.export.onnx import _dynamic, _static
 from edgekit.export.onnx._quantize import Moments, Report, Scheme, quantize
 from edgekit.onnx_file import open_onnx
 from edgekit.onnx_planning import Variant, is_sensitive
 from edgekit.quant.nbits import NBits
 from edgekit.units import Progress, silent
+
+_INPUTS = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
 
 
 def store(
@@ -21,15 +25,28 @@ def store(
     moments: Moments | None = None,
     threads: int = 1,
     *,
+    feeds: Sequence[_static.Feeds] = (),
+    kind: _static.Kind = "uint8",
     progress: Progress = silent,
 ) -> Report:
-    """Write float32 `graph` to `out` as `variant` says, its weights beside it in `<out>.data`. `moments`: second
-    moments of the inputs, for error feedback. Raises what the quantizers raise."""
+    """Write float32 `graph` to `out` as `variant` says, its weights beside it in `<out>.data`.
+
+    `moments`: second moments of the inputs, for error feedback in blocks; `feeds` and `kind`: what a static variant
+    learns its ranges from, and how it rounds activations. Raises what the quantizers raise.
+    """
     if variant.kind == "nbits":
-        return quantize(
-            graph, out, scheme_of(graph, variant, layers), moments=moments, threads=threads, progress=progress
-        )
-    raise NotImplementedError(variant.kind)
+        scheme = scheme_of(graph, variant, layers)
+        return quantize(graph, out, scheme, moments=moments, threads=threads, progress=progress)
+    if variant.kind == "dynamic":
+        return _dynamic.quantize(graph, out, progress=progress)
+    return _static.quantize(graph, out, feeds, kind=kind, threads=threads, progress=progress)
+
+
+def encoder_feeds(root: Path, graph: Path, texts: Sequence[str], max_length: int) -> list[_static.Feeds]:
+    """`texts` as inputs of an encoder's graph, tokenised as `root` says. Raises UnsupportedVocabulary, EdgekitError."""
+    wanted = {value.name for value in open_onnx(graph).inputs}
+    batches = open_tokenizer(root, max_length=max_length).batches(texts, most=8)
+    return [{name: getattr(b, part) for name, part in _INPUTS.items() if name in wanted} for b in batches]
 
 
 def scheme_of(graph: Path, variant: Variant, layers: int) -> Scheme:
