@@ -24,7 +24,7 @@ from edgekit.planning import plan as decide
 from edgekit.quant import presets
 from edgekit.recipe import Recipe
 from edgekit.target import Target
-from edgekit.units import Progress
+from edgekit.units import Progress, announce
 
 if TYPE_CHECKING:  # a plan needs neither the runtime nor what measures with it
     from edgekit.tuning import Outcome
