@@ -289,7 +289,7 @@ def test_gemm_bias_and_a_head_that_equals_the_table(tmp_path: Path) -> None:
 
 
 def test_a_table_of_its_own_and_small_matrices(tmp_path: Path) -> None:
-    """Untied; positions, a classifier of 3 labels and a transposed constant beside it."""
+    """Positions, a classifier of 3 labels, a transposed constant, a matrix of the table's shape with other numbers."""
     source = _graph(
         tmp_path,
         [
@@ -298,15 +298,23 @@ def test_a_table_of_its_own_and_small_matrices(tmp_path: Path) -> None:
             _node("Add", ["x", "p"], "a"),
             _node("Transpose", ["turned"], "t", perm=[1, 0]),
             _node("MatMul", ["a", "t"], "b"),
-            _node("MatMul", ["b", "labels"], "y"),
+            _node("MatMul", ["b", "like"], "c"),
+            _node("MatMul", ["c", "labels"], "y"),
         ],
-        {"words": _normal(300, 96), "places": _normal(512, 96), "turned": _normal(80, 96), "labels": _normal(80, 3)},
+        {
+            "words": _normal(300, 96),
+            "places": _normal(512, 96),
+            "turned": _normal(96, 96),
+            "like": _normal(96, 300),
+            "labels": _normal(300, 3),
+        },
         {"input_ids": (7, ["b", "s"]), "position_ids": (7, ["b", "s"])},
         {"y": (1, ["b", "s", 3])},
     )
     report = quantize(source, tmp_path / "q.onnx", Scheme(NBits(8, 128), NBits(8, 128), NBits(4, 16, False)))
     assert [(n.op, n.shape, n.fmt.bits, n.fmt.block) for n in report.nodes] == [
-        ("MatMulNBits", (80, 96), 8, 32),
+        ("MatMulNBits", (96, 96), 8, 32),
+        ("MatMulNBits", (300, 96), 8, 32),
         ("GatherBlockQuantized", (300, 96), 4, 16),
     ]
     feeds = {"input_ids": RNG.integers(0, 300, (2, 9)), "position_ids": np.tile(np.arange(9), (2, 1))}
@@ -357,6 +365,8 @@ def test_weights_of_inner_graphs_and_activations_are_left_alone(tmp_path: Path) 
     )
     report = quantize(source, tmp_path / "q.onnx", INT8)
     assert [n.node for n in report.nodes] == ["/y/MatMul"]
+    # the other branch still needs the float32 weight
+    assert report.data_bytes == nbits.data_bytes([*NBits(8, 32).sizes(64, 64), 4 * 64 * 64, 4 * 64 * 64])
     for flag in (True, False):
         feeds = {"x": _normal(64, 64), "flag": np.array(flag)}
         assert _relative(_run(source, **feeds), _run(report.graph, **feeds)) < 0.02

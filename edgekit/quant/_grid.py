@@ -85,8 +85,8 @@ class Grid:
 
 def choose(group: Group, grid: Grid) -> Choice:
     """The cheapest of some scales for each row, every one tried with the error pushed on inside the group."""
-    best = _try(group, grid, [grid.snap(*_first(group, grid))])
-    return _better(best, _try(group, grid, _neighbours(group, grid, best)))
+    best = try_all(group, grid, [grid.snap(*first_trials(group, grid))])
+    return better(best, try_all(group, grid, _neighbours(group, grid, best)))
 
 
 def to_half(x: Floats) -> Floats:
@@ -106,7 +106,7 @@ def inverse(x: Floats) -> Floats:
     return divide(np.ones_like(x), x)
 
 
-def _first(group: Group, grid: Grid) -> tuple[Floats, Floats | None]:
+def first_trials(group: Group, grid: Grid) -> tuple[Floats, Floats | None]:
     """Steps and offsets (tries, rows): the range of the group stretched and shrunk, then fitted by least squares to
     the integers it gives, as make_qkx3_quants and make_qx_quants of ggml-quants.c do, errors costing the pivots."""
     levels, v = grid.layout.levels, group.start
@@ -153,7 +153,7 @@ def _fit(
 
 def _neighbours(group: Group, grid: Grid, best: Choice) -> Iterable[tuple[Floats, Floats | None]]:
     """What to try after `best`: the exact optimum for its integers, and what can be stored beside its scale."""
-    yield grid.snap(*_refit(group, grid, best.q))
+    yield grid.snap(*refit(group, grid, best.q))
     scale, minimum = best.scale, best.minimum
     if grid.d is None:
         for factor in _REFINE if minimum is None else _REFINE[::3]:
@@ -169,7 +169,7 @@ def _neighbours(group: Group, grid: Grid, best: Choice) -> Iterable[tuple[Floats
                 yield np.clip(scale + i, *grid.layout.scales), beside
 
 
-def _refit(group: Group, grid: Grid, q: Bytes) -> tuple[Floats, Floats | None]:
+def refit(group: Group, grid: Grid, q: Bytes) -> tuple[Floats, Floats | None]:
     """Step and offset that cost least with these integers: the residuals are linear in both."""
     push = np.ascontiguousarray(group.unit.T)
     push[np.diag_indices_from(push)] = 1
@@ -178,7 +178,7 @@ def _refit(group: Group, grid: Grid, q: Bytes) -> tuple[Floats, Floats | None]:
     return _fit(group.pivots, push @ grid.layout.levels[q], y, b, grid, np.zeros(q.shape[1], np.float32))
 
 
-def _try(group: Group, grid: Grid, stored: Iterable[tuple[Floats, Floats | None]]) -> Choice:
+def try_all(group: Group, grid: Grid, stored: Iterable[tuple[Floats, Floats | None]]) -> Choice:
     """Round all rows with each (scale, minimum), column after column, and keep the cheapest for each row."""
     pairs = list(stored)
     scale = np.concatenate([np.atleast_2d(a) for a, _ in pairs])
@@ -208,7 +208,7 @@ def _try(group: Group, grid: Grid, stored: Iterable[tuple[Floats, Floats | None]
     return Choice(scale[first, row], kept, q[:, first, row], error[:, first, row], cost[first, row])
 
 
-def _better(a: Choice, b: Choice) -> Choice:
+def better(a: Choice, b: Choice) -> Choice:
     """For each row the cheaper of two."""
     use = b.cost < a.cost
     minimum = None if a.minimum is None or b.minimum is None else np.where(use, b.minimum, a.minimum)

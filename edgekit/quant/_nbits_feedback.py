@@ -14,12 +14,8 @@ import numpy as np
 
 from edgekit.quant import Format
 from edgekit.quant._blocks import Bytes, Floats, Layout
-from edgekit.quant._grid import Choice, Grid, Group, divide
-from edgekit.quant._grid import _better as better
-from edgekit.quant._grid import _first as first_trials
-from edgekit.quant._grid import _refit as refit
-from edgekit.quant._grid import _try as try_all
-from edgekit.quant.gptq import Curvature, _cost, _move_integers
+from edgekit.quant._grid import Choice, Grid, Group, better, divide, first_trials, refit, try_all
+from edgekit.quant.gptq import Curvature, cost, move_integers
 from edgekit.quant.nbits import NBits, Quantised, _search, _values
 
 _REFINE = (0.97, 0.985, 1.015, 1.03)  # steps around the best scale
@@ -97,8 +93,8 @@ def _quantise(w: Floats, fmt: NBits, curvature: Curvature, importance: Floats) -
     zeros = np.full(w.shape[:2], fmt.zero, np.uint8) if made.zero is None else made.zero.T.astype(np.uint8)
     found: Quantised = q, np.ascontiguousarray(made.scale.T), zeros
     plain = _search(w, fmt, importance)
-    cost, before = (_cost(weights - _values(each).reshape(rows, -1).T, curvature) for each in (found, plain))
-    worse = ~(cost < before)
+    after, before = (cost(weights - _values(each).reshape(rows, -1).T, curvature) for each in (found, plain))
+    worse = ~(after < before)
     for mine, theirs in zip(found, plain, strict=True):
         mine[worse] = theirs[worse]
     return found
@@ -170,7 +166,7 @@ def _descend_block(made: _Made, block: int, target: Floats, slope: Floats, hessi
     here = slice(block * size, (block + 1) * size)
     scale, zero = made.stored(block)
     q, error = made.q[here], made.error[here]
-    change = _move_integers(made.grid, made.grid.values(scale, zero), q, error, target, slope, hessian)
+    change = move_integers(made.grid, made.grid.values(scale, zero), q, error, target, slope, hessian)
     now = slope + hessian @ change
     level = made.grid.layout.levels[q] if zero is None else made.grid.layout.levels[q] - zero
     # an error moves by -level·Δscale

@@ -127,7 +127,7 @@ def _best_rows(w: Floats, fmt: Format, curvature: Curvature, plain: Bytes) -> tu
     """(bytes, error, plain error) of some rows, each as the search or as `plain` has it, whichever costs less."""
     weights = np.ascontiguousarray(w.T, np.float32)
     decoded = ggml.decode(plain, fmt, w.shape[1])
-    plain_error = _cost(weights - decoded.T, curvature)
+    plain_error = cost(weights - decoded.T, curvature)
     layout = LAYOUTS.get(fmt.name)
     if layout is None:
         return plain, plain_error, plain_error
@@ -135,13 +135,13 @@ def _best_rows(w: Floats, fmt: Format, curvature: Curvature, plain: Bytes) -> tu
     _descend(columns, weights, curvature)
     data = layout.pack(columns.blocks())
     # from the bytes, not from the running sums: what is promised is what a reader sees
-    error = _cost(weights - ggml.decode(data, fmt, w.shape[1]).T, curvature)
+    error = cost(weights - ggml.decode(data, fmt, w.shape[1]).T, curvature)
     worse = ~(error < plain_error)
     data[worse], error[worse] = plain[worse], plain_error[worse]
     return data, error, plain_error
 
 
-def _cost(error: Floats, curvature: Curvature) -> Errors:
+def cost(error: Floats, curvature: Curvature) -> Errors:
     """E·H·Eᵀ of each row, E given columns first, as Σ D·r²."""
     total = np.zeros(error.shape[1])
     for low, high in _panels(len(error)):
@@ -262,7 +262,7 @@ def _descend_group(columns: _Columns, group: int, target: Floats, slope: Floats,
     scale, minimum = columns.stored(group)
     step, offset = grid.values(scale, minimum)
     q, error = columns.q[here], columns.error[here]
-    change = _move_integers(grid, (step, offset), q, error, target, slope, hessian)
+    change = move_integers(grid, (step, offset), q, error, target, slope, hessian)
     slope += hessian @ change
     levels = grid.layout.levels[q]
     # an error moves by -levels·Δstep and by -1·Δoffset
@@ -280,7 +280,7 @@ def _descend_group(columns: _Columns, group: int, target: Floats, slope: Floats,
     columns.store(group, scale, minimum)
 
 
-def _move_integers(
+def move_integers(
     grid: Grid,
     values: tuple[Floats, Floats | None],
     q: Bytes,
