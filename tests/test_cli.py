@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(model: Path) -> Path:
     out = model.parent / "made"
-    done = run("convert", str(model), "-t", "rpi5", "-q", "Q4_K_M", "-o", str(out))
+    done = run("convert", str(model), "-t", "rpi5", "-q", "Q4_K_M", "-o", str(out), "--calibration", "none")
     assert done.returncode == 0, done.stderr
     return out
 
@@ -90,7 +90,7 @@ def test_public_names_exist_and_are_documented() -> None:
 
 
 def test_convert_ends_with_one_screen_that_says_everything(made: Path, model: Path) -> None:
-    done = run("convert", str(model), "-t", "rpi5", "-q", "Q4_K_M", "-o", str(made), "--force")
+    done = run("convert", str(model), "-t", "rpi5", "-q", "Q4_K_M", "-o", str(made), "--force", "--calibration", "none")
     assert done.returncode == 0, done.stderr
     for word in ("made", "size", "memory", "speed", "proof", "next", "edgekit run", "tok/s", "ollama create"):
         assert word in done.stdout, word

@@ -35,7 +35,8 @@ PRINTED = {
 
 
 def converted(model: Path, out: Path, quant: str) -> Path:
-    return pipeline.convert(str(model), "rpi5", pipeline.Options(out=out, quant=quant, verify="none")).out
+    options = pipeline.Options(out=out, quant=quant, calibration="none", verify="none")
+    return pipeline.convert(str(model), "rpi5", options).out
 
 
 @pytest.fixture(scope="module")

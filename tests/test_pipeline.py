@@ -26,7 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(model: Path, out: Path, target: str = "rpi5", **options: object) -> pipeline.Conversion:
-    return pipeline.convert(str(model), target, Options(out=out, **options))  # type: ignore[arg-type]
+    wanted = {"calibration": "none"} | options
+    return pipeline.convert(str(model), target, Options(out=out, **wanted))  # type: ignore[arg-type]
 
 
 def test_the_folder_holds_what_was_promised(model: Path, tmp_path: Path) -> None:
@@ -107,7 +108,8 @@ def die(task, done, total):
     if count == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
-pipeline.convert(sys.argv[1], "rpi5", pipeline.Options(out=Path(sys.argv[2]), quant="Q4_K_M", force=True), progress=die)
+options = pipeline.Options(out=Path(sys.argv[2]), quant="Q4_K_M", calibration="none", force=True)
+pipeline.convert(sys.argv[1], "rpi5", options, progress=die)
 """
 
 
@@ -125,6 +127,7 @@ def test_kill_9_half_way_leaves_the_old_artefact_and_nothing_that_looks_finished
 def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
     model = pico.llama(tmp_path / "big", hidden=1024, layers=12, vocab=2048)
     command = [sys.executable, "-m", "edgekit", "convert", str(model), "-t", "rpi5", "-q", "Q4_K_M", "-o", "out"]
+    command += ["--calibration", "none"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".edgekit-partial-*/*.gguf")) and time.monotonic() < deadline:
