@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def converted(model: Path, out: Path, quant: str = "Q4_K_M") -> Path:
-    return pipeline.convert(str(model), "rpi5", pipeline.Options(out=out, quant=quant, verify="none")).out
+    options = pipeline.Options(out=out, quant=quant, calibration="none", verify="none")
+    return pipeline.convert(str(model), "rpi5", options).out
 
 
 @pytest.fixture(scope="module")
