@@ -250,16 +250,32 @@ def test_a_window_is_proven(mistral: tuple[Path, Path, _predictions.Predictions]
     found = judged(right, known, exact=True).figures
     assert (found.window, found.passed, found.tokens) == (128, True, 192)
     graph = copied(right, tmp_path / "m")
-
-    def drop(model: Any) -> None:
-        for node in model.node:
-            for attribute in node.attribute:
-                if attribute.name == "local_window_size":
-                    attribute.i = -1
-
-    edit(graph, drop)
+    edit(graph, _without_windows)
     with pytest.raises(VerificationFailed, match="does not compute"):
         judged(graph, known, exact=True)
+
+
+@pytest.mark.slow
+def test_a_windowed_cache_says_the_same(mistral: tuple[Path, Path, _predictions.Predictions], tmp_path: Path) -> None:
+    """The graph that ships keeps a window's length of cache; the prompt is longer."""
+    _, right, known = mistral
+    folder = copied(right, tmp_path / "m").parent
+    _shipping.ship(folder, context=256)
+    assert "sliding_window" in (folder / "genai_config.json").read_text()
+    prompts = [known.texts[0][:12], known.texts[0]]
+    found = _proof.same_greedy(folder, folder / "model_all.onnx", prompts, 16)
+    assert found.same == found.tokens
+    wrong = copied(right, tmp_path / "wrong")
+    edit(wrong, _without_windows)
+    with pytest.raises(VerificationFailed, match="does not continue prompts"):
+        _proof.same_greedy(folder, wrong, prompts, 16)
+
+
+def _without_windows(graph: Any) -> None:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "local_window_size":
+                attribute.i = -1
 
 
 @pytest.mark.slow
