@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekit import calibration, corpus, pipeline, tuning
+from edgekit import calibration, corpus, effort, pipeline, tuning
 from edgekit.errors import EdgekitError
 from edgekit.gguf_file import open_gguf
 from edgekit.imatrix_file import open_imatrix
@@ -154,7 +154,7 @@ def test_an_importance_matrix_of_the_users_is_taken_and_checked(
     (tmp_path / "t.txt").write_text(corpus.TEXT)
     text = calibration.read_text(tmp_path / "t.txt", session, None, limit=1024)
     calibration.calibrate(session, text, digest="b" * 64)
-    (kept,) = (tmp_path / "cache" / "importance").glob("*.gguf")
+    (kept,) = (tmp_path / "cache" / "importance").glob("*/*.gguf")
     imatrix = tmp_path / "imatrix.gguf"
     imatrix.write_bytes(kept.read_bytes())
     options = Options(out=tmp_path / "with", quant="IQ2_XS", calibration=str(imatrix), verify="none")
@@ -193,7 +193,7 @@ def test_high_effort_tries_folded_scales_and_short_contexts_are_read_in_short_te
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model trained for 256 tokens, probed with the encoder of the final file; the folded candidate is as valid."""
-    monkeypatch.setattr(tuning, "EFFORTS", {**tuning.EFFORTS, "high": (1024, 1024)})
+    monkeypatch.setattr(effort, "EFFORTS", {"high": effort.Effort(1024, 1024, 2, 4, 0)})
     (tmp_path / "t.txt").write_text(corpus.TEXT)
     options = Options(out=tmp_path / "out", quant="Q4_0", calibration=str(tmp_path / "t.txt"), effort="high")
     done = pipeline.convert(str(model), "rpi5", options)
