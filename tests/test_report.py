@@ -243,6 +243,18 @@ def test_the_map_of_an_onnx_graph(folder: Path, pattern: str) -> None:
     assert "lm_head int8 b32 9.00 36.0 KiB" in page.text
 
 
+def test_what_an_onnx_artefact_was_verified_by_is_its_quality(folder: Path) -> None:
+    numbers = {"compared": 64, "kl": 0.0029, "top1": 0.984375, "cosine": None, "relative": 0.015}
+    page = read(change(folder, format="onnx", certificate={"level": "quick", "figures": {"numbers": numbers}}))
+    for word in ("0.002900", "98.44", "against transformers in float32, 64 places"):
+        assert word in page.text, word
+    assert "cosine" not in page.text
+    encoder = {"compared": 7, "kl": None, "top1": None, "cosine": 0.99993}
+    page = read(change(folder, format="onnx", certificate={"level": "quick", "figures": {"numbers": encoder}}))
+    assert "cosine of the vectors, lowest 0.99993" in page.text
+    assert "not measured" in page.text
+
+
 def test_layers_of_two_stacks_do_not_cover_each_other(folder: Path) -> None:
     names = [f"{stack}.block.{i}.layer.0.SelfAttention.q.weight" for stack in ("encoder", "decoder") for i in range(2)]
     tensors = [{"name": n, "shape": [8, 8], "format": "fp32", "bytes": 256} for n in names]

@@ -177,6 +177,7 @@ _QUALITY = (
     ("kl_p99", "KL divergence, 99 %", ".6f", 1),
     ("kl_max", "KL divergence, max", ".6f", 1),
     ("top1", "the same top token, %", ".2f", 100),
+    ("cosine", "cosine of the vectors, lowest", ".5f", 1),
     ("delta_p_mean", "Δp mean, %", ".3f", 100),
     ("delta_p_rms", "Δp RMS, %", ".3f", 100),
     ("cosine_mean", "cosine of the vectors, mean", ".5f", 1),
