@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -100,10 +101,25 @@ class Matrix:
         return int(self.tensor.dims[0 if self.transposed else 1])
 
     def read(self, start: int, stop: int) -> Floats:
-        """Rows from `start` to `stop`: float32 (stop - start, cols), the caller's own."""
-        whole = self._mapped()
-        part = whole[:, start:stop].T if self.transposed else whole[start:stop]
-        return np.array(part, np.float32, order="C")
+        """Rows from `start` to `stop`: float32 (stop - start, cols), the caller's own.
+
+        Read, not mapped: a map of a transposed matrix makes all of it resident for a slab of its rows.
+        """
+        if self.tensor.data_location != EXTERNAL:
+            from onnx import numpy_helper
+
+            whole = numpy_helper.to_array(self.tensor)
+            return np.array(whole[:, start:stop].T if self.transposed else whole[start:stop], np.float32, order="C")
+        place = place_of(self.tensor, self.folder)
+        with place.path.open("rb", buffering=0) as file:
+            if not self.transposed:
+                rows = np.empty((stop - start, self.cols), "<f4")
+                _fill(file, place.offset + 4 * start * self.cols, rows)
+                return rows
+            turned = np.empty((self.cols, stop - start), "<f4")
+            for number, row in enumerate(turned):
+                _fill(file, place.offset + 4 * (number * self.rows + start), row)
+        return np.ascontiguousarray(turned.T)
 
     def equals(self, other: Matrix, rows: int = 4096) -> bool:
         """Whether both hold the same numbers; unequal ones are told apart within the first rows."""
@@ -115,14 +131,16 @@ class Matrix:
             for a in bounds
         )
 
-    def _mapped(self) -> npt.NDArray[Any]:
-        dims = tuple(self.tensor.dims)
-        if self.tensor.data_location != EXTERNAL:
-            from onnx import numpy_helper
 
-            return numpy_helper.to_array(self.tensor)
-        place = place_of(self.tensor, self.folder)
-        return np.memmap(place.path, "<f4", "r", place.offset, dims)
+def _fill(file: FileIO, offset: int, into: npt.NDArray[Any]) -> None:
+    """Read the bytes of `into` from `offset` on."""
+    view = into.reshape(-1).view(np.uint8).data
+    file.seek(offset)
+    while view:
+        got = file.readinto(view)
+        if not got:
+            raise CorruptCheckpoint(f"{file.name} ended early", "export the model again")
+        view = view[got:]
 
 
 def tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
