@@ -274,6 +274,22 @@ def test_the_context_is_the_planned_one(made: Path, tmp_path: Path, monkeypatch:
         assert session.n_ctx == 256 and "positions for no more" in session.notes[0]
 
 
+def test_a_planned_context_is_told_from_the_builders(made: Path, tmp_path: Path) -> None:
+    """genai's builder writes the model's own limit as the length to allocate; a plan may choose as much."""
+    folder = tmp_path / "long"
+    shutil.copytree(made / "shipped", folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config["model"]["context_length"] = config["search"]["max_length"] = 5000
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with open_decoder(folder, n_ctx=None) as session:
+        assert session.n_ctx == 5000
+    (folder / "model_all.onnx").unlink()
+    with open_decoder(folder, n_ctx=None) as session:
+        assert session.n_ctx == 4096
+    with open_decoder(folder, n_ctx=0) as session:
+        assert session.n_ctx == 5000
+
+
 def session_tokens(folder: Path, prompt: int, new: int) -> list[int]:
     with open_decoder(folder, n_ctx=None) as session:
         return list(session.generate([7] * prompt, new))
@@ -341,6 +357,19 @@ def test_every_token_has_the_bytes_that_llama_cpp_gives_it(trained: Path, test_d
             ids = other.tokenize(text, add_special=False, parse_special=False)
             assert mine.tokenize(text, add_special=False, parse_special=False) == ids
             assert mine.detokenize(ids) == other.detokenize(ids) == text
+
+
+def test_added_tokens_that_are_text_are_shown_as_they_are(tmp_path: Path) -> None:
+    pico.tokenizer_files(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    added = {"content": "Ġé tag", "special": False, "id": len(tokenizer["model"]["vocab"])}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append(flags | added)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    mine = Vocabulary(tmp_path, {})
+    ids = mine.tokenize("a Ġé tag b", add_special=False)
+    assert added["id"] in ids and mine.piece(added["id"]) == "Ġé tag".encode()
+    assert mine.detokenize(ids) == "a Ġé tag b" and mine.piece(len(mine) + 7) == b""
 
 
 def test_word_pieces_are_bytes_too(test_data: Path) -> None:
