@@ -48,7 +48,9 @@ FAMILIES: Mapping[str, str] = {
 """`model_type` -> its causal language model: the families whose logits equal transformers' in the tests."""
 
 ACTIVATIONS = frozenset({"gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", "swish"})
-ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "su", "yarn"})
+ROPE_TYPES = frozenset({"default", "dynamic", "linear", "llama3", "longrope", "yarn"})
+LONGROPE_SWITCH = 4096
+"""Where genai, while it generates, computes the whole cache again with a longrope's other factors: a fixed number."""
 LAYER_TYPES = frozenset({"attention", "conv", "full_attention", "sliding_attention"})
 OTHER_SENSES = ("audio_config", "speech_config", "vision_config", "vision_tower", "visual")
 
@@ -107,12 +109,18 @@ def _unsupported_setting(family: str, config: Mapping[str, Any]) -> str | None:
     return _unsupported_rope(family, config)
 
 
+_ORIGINAL = "original_max_position_embeddings"
+
+
 def _unsupported_rope(family: str, config: Mapping[str, Any]) -> str | None:
     ropes = list(_ropes(config))
     for rope in ropes:
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ROPE_TYPES or (kind in ("longrope", "su") and family != "phi3"):
+        if kind not in ROPE_TYPES or (kind == "longrope" and family != "phi3"):
             return f"{BUILDER} does not know rope type {kind!r} in {family}"
+        original = _number(config, _ORIGINAL) or _number(rope, _ORIGINAL) or LONGROPE_SWITCH
+        if kind == "longrope" and original not in (LONGROPE_SWITCH, _number(config, "max_position_embeddings")):
+            return f"{BUILDER} changes longrope factors at {LONGROPE_SWITCH} tokens, this {family} at {original}"
     if config.get("position_embedding_type", "rope") != "rope":
         return f"{BUILDER} does not know position_embedding_type {config['position_embedding_type']!r} of {family}"
     head, rotated = _head(config, ropes)
