@@ -31,6 +31,7 @@ _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|decoder)\.weight$")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|embeddings)\.weight$")
 _TABLES = re.compile(r"(^|\.)\w*(position|token_type)\w*_embeddings?\.weight$|(^|\.)wpe\.weight$")
 _QKV = re.compile(r"(\.)[qkv]_proj(\.weight|\.bias)$")
+_SENSITIVE = re.compile(r"(qkv_proj|v_proj|down_proj|c_attn|query_key_value|dense_4h_to_h|fc2|fc_out|mlp[./]c_proj)\b")
 _UNUSED = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias)$")
 _PRETRAINING = re.compile(r"(^|\.)(pooler|cls|lm_head|mlm|vocab_\w+|discriminator_predictions|decoder|head)\.")
 
@@ -203,11 +204,11 @@ def place_of(name: str, shape: Sequence[int], *, tied: bool) -> Place:
     return "head" if _HEADS.search(name) else "linear"
 
 
-def stored_weights(checkpoint: Checkpoint, variant: Variant, shape: Shape) -> tuple[Stored, ...]:
+def stored_weights(checkpoint: Checkpoint, variant: Variant, shape: Shape, *, fused: bool) -> tuple[Stored, ...]:
     """Every weight that reaches the artefact, in the format that `variant` gives it."""
     tied = shape.causal and _is_tied(checkpoint)
     found = []
-    for name, dims in _joined(checkpoint, pack=shape.causal).items():
+    for name, dims in _joined(checkpoint, pack=fused).items():
         if _UNUSED.search(name) or (not shape.causal and _PRETRAINING.search(name)):
             continue
         place = place_of(name, dims, tied=tied)
@@ -264,7 +265,7 @@ def is_sensitive(name: str, layers: int) -> bool:
     graph node's (`/model/layers.3/mlp/down_proj/MatMul`).
     """
     found = re.search(r"\.(\d+)[./]", name)
-    if found is None or not re.search(r"(qkv_proj|v_proj|down_proj|c_attn|query_key_value|dense_4h_to_h)\b", name):
+    if found is None or not _SENSITIVE.search(name):
         return False
     layer, eighth = int(found[1]), layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
@@ -288,8 +289,17 @@ def variants(task: str) -> Mapping[str, Variant]:
     return DECODERS if task == GENERATION else ENCODERS
 
 
-def plan(checkpoint: Checkpoint, task: str, target: Target, wish: Wish, build_bytes: int) -> OnnxPlan:
-    """The plan for one target. `build_bytes`: RAM that the exporter of this task takes.
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """What of an exporter a plan depends on. `build_bytes`: RAM that it takes; `fused`: queries, keys and values are
+    one matrix, and positions are tables of cosines and sines."""
+
+    build_bytes: int
+    fused: bool = False
+
+
+def plan(checkpoint: Checkpoint, task: str, target: Target, wish: Wish, exporter: Exporter) -> OnnxPlan:
+    """The plan for one target.
 
     A named variant is planned whether it fits or not; `auto` raises DoesNotFit when nothing does. Raises UnknownName.
     """
@@ -298,7 +308,7 @@ def plan(checkpoint: Checkpoint, task: str, target: Target, wish: Wish, build_by
     context = _context(wish.context, shape, target)
     choice = [_named(c, known) for c in wish.candidates] or list(known)
     names = choice if wish.quant.lower() == "auto" else [_named(wish.quant, known)]
-    plans = [_one(checkpoint, task, known[name], shape, context, target, build_bytes) for name in names]
+    plans = [_one(checkpoint, task, known[name], shape, context, target, exporter) for name in names]
     if wish.budget is not None:
         plans = _within(plans, wish.budget)
     return plans[0] if len(names) == 1 else _choose(plans, target, wish)
@@ -326,10 +336,10 @@ def _context(asked: int | None, shape: Shape, target: Target) -> int:
 
 
 def _one(
-    checkpoint: Checkpoint, task: str, variant: Variant, shape: Shape, context: int, target: Target, build_bytes: int
+    checkpoint: Checkpoint, task: str, variant: Variant, shape: Shape, context: int, target: Target, exporter: Exporter
 ) -> OnnxPlan:
-    stored = stored_weights(checkpoint, variant, shape)
-    if shape.causal:
+    stored = stored_weights(checkpoint, variant, shape, fused=exporter.fused)
+    if exporter.fused:
         stored += _rope_tables(checkpoint.config, shape, context)
     data = data_bytes(size for s in stored for size in s.sizes)
     memory = Memory(
@@ -349,7 +359,7 @@ def _one(
         shape=shape,
         data_bytes=data,
         graph_bytes=graph_bytes(shape, task, stored),
-        build_bytes=build_bytes,
+        build_bytes=exporter.build_bytes,
         context=context,
         memory=memory,
         forecast=_forecast(stored, shape, context, variant, target),

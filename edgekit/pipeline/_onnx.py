@@ -87,7 +87,7 @@ def plan_source(source: OnnxSource, target: Target, options: Options) -> OnnxPla
         candidates=export.candidates if export.format == "onnx" else (),
     )
     checkpoint, engine = source.checkpoint, source.engine
-    return onnx_planning.plan(checkpoint, engine.task, target, wish, engine.build_bytes)
+    return onnx_planning.plan(checkpoint, engine.task, target, wish, engine.exporter)
 
 
 def _budget(source: OnnxSource, options: Options) -> int | None:

@@ -15,7 +15,7 @@ from edgekit.artifact import readable_os_errors
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import EdgekitError, UnsupportedModel
 from edgekit.export.onnx import _decoder, _encoder, _optimum, _shipping
-from edgekit.onnx_planning import GENERATION, OnnxPlan
+from edgekit.onnx_planning import GENERATION, Exporter, OnnxPlan
 from edgekit.units import Progress
 
 GRAPH = "model.onnx"
@@ -36,7 +36,7 @@ class Engine:
     task: str
     build: Build
     require: Callable[[], object]
-    build_bytes: int
+    exporter: Exporter
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,12 +74,16 @@ def engine_for(checkpoint: Checkpoint, task: str | None = None) -> Engine:
             encoding,
             partial(_torch, encoding),
             _encoder.require,
-            _encoder.build_bytes(parameters),
+            Exporter(_encoder.build_bytes(parameters)),
         )
     genai = _decoder.supported(config)
     if genai is None:
         return Engine(
-            _decoder.BUILDER, GENERATION, _genai, _decoder.require, _decoder.build_bytes(parameters, checkpoint.dtype)
+            _decoder.BUILDER,
+            GENERATION,
+            _genai,
+            _decoder.require,
+            Exporter(_decoder.build_bytes(parameters, checkpoint.dtype), fused=True),
         )
     optimum = _optimum.supported(config)
     if optimum is None:
@@ -88,7 +92,7 @@ def engine_for(checkpoint: Checkpoint, task: str | None = None) -> Engine:
             GENERATION,
             _older,
             _optimum.require,
-            int(OPTIMUM_BYTES * parameters),
+            Exporter(int(OPTIMUM_BYTES * parameters)),
             ("exported by optimum-onnx: a graph without grouped attention, slower than a GGUF of this family",),
         )
     raise UnsupportedModel(

@@ -54,6 +54,6 @@ def scheme_of(graph: Path, variant: Variant, layers: int) -> Scheme:
     overrides: Mapping[str, NBits] = {}
     if variant.mixed:
         finer = replace(variant.linear, bits=8)
-        names = (node.name for node in open_onnx(graph).nodes if node.op == "MatMul")
+        names = (node.name for node in open_onnx(graph).nodes if node.op in ("MatMul", "Gemm"))
         overrides = {name: finer for name in names if is_sensitive(name, layers)}
     return Scheme(variant.linear, variant.head, variant.embedding, overrides)
