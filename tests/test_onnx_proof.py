@@ -372,6 +372,15 @@ def test_tokens_and_template_are_the_sources(tmp_path: Path) -> None:
     assert "conversations render the same" in onnx_verification.check_template(folder, DEMO).detail
 
 
+def test_a_model_with_a_sentencepiece_file_alone_can_be_asked(test_data: Path, tmp_path: Path) -> None:
+    source = test_data / "models" / "stories260K"
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.model"):
+        shutil.copyfile(source / name, tmp_path / name)
+    text = "Once upon a time there was a little girl."
+    assert _predictions.encode(tmp_path, text) == _predictions.encode(source, text)
+    assert len(_predictions.encode(tmp_path, text, 5)) == 5
+
+
 def test_another_tokenizer_is_noticed(tmp_path: Path) -> None:
     folder = tokenizer_of(DEMO, tmp_path / "other")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import edgekit
 from edgekit import corpus
 from edgekit.errors import EdgekitError, MissingExtra, UnsupportedVocabulary
+from edgekit.vocab import read_vocabulary
 
 Floats = npt.NDArray[np.float32]
 Rounding = Mapping[str, tuple[int, int, int] | None]
@@ -104,7 +105,7 @@ def predict_encoder(
     root: Path, task: str, *, max_length: int, rounding: Rounding | None = None, threads: int = 1
 ) -> Predictions:
     """The source's outputs for SENTENCES, each cut to `max_length` tokens and read on its own."""
-    texts = [cut(root, text, max_length) for text in SENTENCES]
+    texts = [encode(root, text, max_length) for text in SENTENCES]
     outputs, rounded = ask(Request(str(root), task, texts, (), rounding, threads))
     return Predictions(tuple(map(tuple, texts)), (), outputs, rounded, rounding)
 
@@ -156,11 +157,10 @@ def _even(start: int, stop: int, count: int) -> tuple[int, ...]:
 
 def prompt(root: Path, length: int, vocab: int) -> list[int]:
     """Exactly `length` ids: prose, code and many scripts in the model's own tokens, each round starting elsewhere."""
-    tokenizer = _tokenizer(root)
     text = "\n".join([corpus.TEXT, *corpus.STRINGS])
-    ids = [i for i in tokenizer.encode(text[:-1]).ids if i < vocab]
+    ids = [i for i in encode(root, text) if i < vocab]
     if not ids:
-        raise UnsupportedVocabulary(f"{root / 'tokenizer.json'} has no token for English prose")
+        raise UnsupportedVocabulary(f"the tokenizer in {root} has no token for English prose")
     out = list(ids)
     while len(out) < length:
         start = 1 + len(out) * 7919 % len(ids)
@@ -168,25 +168,22 @@ def prompt(root: Path, length: int, vocab: int) -> list[int]:
     return out[:length]
 
 
-def cut(root: Path, text: str, max_length: int) -> list[int]:
-    """Ids of `text` with the special tokens around it, at most `max_length`."""
-    tokenizer = _tokenizer(root)
-    tokenizer.enable_truncation(max_length)
-    return list(tokenizer.encode(text).ids)
-
-
-def _tokenizer(root: Path) -> Any:
+def encode(root: Path, text: str, max_length: int | None = None) -> list[int]:
+    """Ids of `text` by the model's own tokenizer, special tokens around; at most `max_length`, those still around."""
+    if not (root / "tokenizer.json").is_file():
+        return read_vocabulary(root, text_config(root)).reference().encode(text, add_special=True)[:max_length]
     from tokenizers import Tokenizer
 
     try:
-        found = Tokenizer.from_file(str(root / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
     except Exception as e:  # noqa: BLE001 - the Rust library raises plain Exception for everything it cannot read
-        raise UnsupportedVocabulary(
-            f"{root / 'tokenizer.json'}: the tokenizers library does not read it ({e})"
-        ) from None
-    found.no_truncation()
-    found.no_padding()
-    return found
+        why = f"{root / 'tokenizer.json'}: the tokenizers library does not read it ({e})"
+        raise UnsupportedVocabulary(why) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if max_length is not None:
+        tokenizer.enable_truncation(max_length)
+    return list(tokenizer.encode(text).ids)
 
 
 # --- the asking ------------------------------------------------------------------------------------------------------
