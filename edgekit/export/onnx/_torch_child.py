@@ -88,10 +88,13 @@ def _export(root: Path, folder: Path, task: str, report: Callable[[dict[str, Any
 def _load(root: Path, task: str) -> Any:
     """The model in float32 with plain attention, which every family has and quantizers read best."""
     import torch
+    import transformers
     from optimum.exporters.tasks import TasksManager
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    family = json.loads((root / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if family not in transformers.CONFIG_MAPPING:
+        raise Refused(f"transformers {transformers.__version__} knows no {family}; code of a model's own is never run")
+    config = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
     loader = TasksManager.get_model_class_for_task(task, model_type=config.model_type)
     if type(config) not in loader._model_mapping:
         raise Refused(f"transformers has no {task} model of type {config.model_type}")
