@@ -16,6 +16,7 @@ from edgekit.checkpoint import Checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnknownName
 from edgekit.forecast import Forecast, Workload, forecast
 from edgekit.planning import COMFORTABLE, Memory
+from edgekit.quant import channels
 from edgekit.quant.nbits import INLINE, NBits, data_bytes, tensor_sizes, worthwhile
 from edgekit.target import Target
 from edgekit.units import show_bytes
@@ -38,7 +39,7 @@ _PRETRAINING = re.compile(r"(^|\.)(pooler|cls|lm_head|mlm|vocab_\w+|discriminato
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to store the weights. `mixed`: of 4-bit matrices the sensitive ones keep 8 bits."""
+    """One way to store the weights. `mixed`: of 4-bit matrices the sensitive ones are stored as the head is."""
 
     name: str
     kind: Kind
@@ -238,8 +239,8 @@ def _stored(name: str, dims: tuple[int, ...], place: Place, variant: Variant, sh
     fmt = _format_of(name, place, variant, shape.layers)
     if fmt is None or len(dims) != 2 or not worthwhile(*dims):
         return Stored(name, dims, place, "fp32", (4 * prod(dims),))
-    if variant.kind != "nbits":  # one byte a weight, a scale and a zero point for each output channel
-        return Stored(name, dims, place, "int8", (prod(dims), 4 * dims[0], dims[0]))
+    if variant.kind != "nbits":
+        return Stored(name, dims, place, "int8", channels.sizes(*dims))
     return Stored(name, dims, place, label(fmt.fitted(dims[1])), tensor_sizes(*dims, fmt))
 
 
@@ -249,13 +250,15 @@ def label(fmt: NBits) -> str:
 
 
 def _format_of(name: str, place: Place, variant: Variant, layers: int) -> NBits | None:
+    if place == "table" and variant.kind != "nbits":
+        return variant.linear
     if place in ("plain", "table", "rope"):
         return None
     if place == "head":
         return variant.head
     if place == "embedding":
         return variant.embedding
-    return replace(variant.linear, bits=8) if variant.mixed and is_sensitive(name, layers) else variant.linear
+    return variant.head if variant.mixed and is_sensitive(name, layers) else variant.linear
 
 
 def is_sensitive(name: str, layers: int) -> bool:
@@ -267,8 +270,8 @@ def is_sensitive(name: str, layers: int) -> bool:
     found = re.search(r"\.(\d+)[./]", name)
     if found is None or not _SENSITIVE.search(name):
         return False
-    layer, eighth = int(found[1]), layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+    layer, eighth = int(found[1]), max(1, layers // 8)
+    return layer < eighth or layer >= layers - eighth or (layer - eighth) % 3 == 2
 
 
 # --- what a target makes of it ---------------------------------------------------------------------------------------

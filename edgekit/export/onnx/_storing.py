@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from edgekit.batches import open_tokenizer
@@ -53,7 +52,6 @@ def scheme_of(graph: Path, variant: Variant, layers: int) -> Scheme:
     """The formats of `variant`, with those that a mixed one gives single matrices of this graph."""
     overrides: Mapping[str, NBits] = {}
     if variant.mixed:
-        finer = replace(variant.linear, bits=8)
         names = (node.name for node in open_onnx(graph).nodes if node.op in ("MatMul", "Gemm"))
-        overrides = {name: finer for name in names if is_sensitive(name, layers)}
+        overrides = {name: variant.head for name in names if is_sensitive(name, layers)}
     return Scheme(variant.linear, variant.head, variant.embedding, overrides)
