@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import edgekit
 from edgekit import corpus
 from edgekit.errors import EdgekitError, MissingExtra, UnsupportedVocabulary
 from edgekit.vocab import read_vocabulary
@@ -194,7 +193,7 @@ def ask(request: Request) -> tuple[tuple[Mapping[str, Floats], ...], tuple[Mappi
     with tempfile.TemporaryDirectory(prefix="edgekit-reference-") as folder:
         told, answer = Path(folder, "request.json"), Path(folder, "answer.npz")
         told.write_text(json.dumps(asdict(request)), encoding="utf-8")
-        paths = [str(Path(edgekit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(corpus.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(p for p in paths if p),
             "HF_HUB_OFFLINE": "1",
