@@ -31,6 +31,8 @@ TOP, SAMPLES = 64, 32
 SHORTEST = 16
 """Tokens that a chunk must have."""
 
+_SLAB = 16 << 20  # bytes of logits that are worked on at once: what is made of them takes several times as much
+
 _KEYS = ("tokens", "lengths", "counts", "ids", "logs", "tail", "losses")
 
 
@@ -212,9 +214,12 @@ def _scored(
         ids = np.asarray(chunk, np.int64)
         first = _first(len(ids), skip)
         at = first + 1
-        for rows in finite_logits(session, ids, first, index):
-            yield rows, ids[at : at + len(rows)]
-            at += len(rows)
+        for slab in finite_logits(session, ids, first, index):
+            step = max(1, _SLAB // slab[0].nbytes)
+            for start in range(0, len(slab), step):
+                rows = slab[start : start + step]
+                yield rows, ids[at : at + len(rows)]
+                at += len(rows)
         progress("read", index + 1, len(chunks))
 
 

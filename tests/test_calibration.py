@@ -31,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(model: Path) -> pipeline.Conversion:
-    return pipeline.convert(str(model), "rpi5", Options(out=model.parent / "f32", quant="F32", verify="none"))
+    done = pipeline.convert(str(model), "rpi5", Options(out=model.parent / "f32", quant="F32", verify="none"))
+    assert isinstance(done, pipeline.Conversion)
+    return done
 
 
 @pytest.fixture

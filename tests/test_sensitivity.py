@@ -14,7 +14,7 @@ from edgekit.errors import CorruptCheckpoint, DoesNotFit, EdgekitError, RuntimeF
 from edgekit.export import gguf
 from edgekit.forecast import CLASSES
 from edgekit.gguf_file import open_gguf
-from edgekit.quant import ggml
+from edgekit.quant import Format, ggml
 from edgekit.reference import CompactReference, open_reference, record
 from edgekit.runtime import activations
 from edgekit.runtime.llama_cpp import LlamaSession, open_session
@@ -329,7 +329,7 @@ def test_a_cost_below_its_noise_is_not_taken_for_nothing(measured: Sensitivity) 
 def test_another_encoder_is_measured(session: LlamaSession, parts: tuple[sensitivity.Part, ...]) -> None:
     rows: dict[str, int] = {}
 
-    def worse(name: str, expert: int, values: np.ndarray, fmt: ggml.Format) -> np.ndarray:
+    def worse(name: str, expert: int, values: np.ndarray, fmt: Format) -> np.ndarray:
         rows[name] = rows.get(name, 0) + len(values)
         return ggml.encode(values * np.float32(1.1), fmt)
 

@@ -187,7 +187,8 @@ def test_what_is_damaged_is_learned_again(run: Run, own_cache: Path) -> None:
         again = run.learn()
         assert run.opened == 1 and run.tokens > 0, kind
         assert again.answers == first.answers and np.array_equal(again.judge.ids, first.judge.ids)
-    damage(*(own_cache / "sensitivity").iterdir(), "flip")
+    (costs,) = (own_cache / "sensitivity").iterdir()
+    damage(costs, "flip")
     assert run.learn().sensitivity == first.sensitivity and run.opened == 1
     assert run.learn().sensitivity == first.sensitivity and run.opened == 0
 
