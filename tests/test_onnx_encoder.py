@@ -246,6 +246,21 @@ def test_exact_form(exported: Path, source: Path, tmp_path: Path) -> None:
     assert {n.node for n in made.nodes} >= {"encoder.layer.0.attention.self.query", "encoder.layer.5.output.dense"}
 
 
+def test_plan_knows_the_bytes(exported: Path, source: Path, tmp_path: Path) -> None:
+    import edgekit
+
+    def planned(quant: str) -> int:
+        options = edgekit.Options(quant=quant, format="onnx", out=tmp_path / "none")
+        return int(edgekit.convert(str(source), "rpi5", options, dry_run=True).plan.data_bytes)
+
+    eight = NBits(8, 32, symmetric=True)
+    exact = quantize(exported, tmp_path / "a.onnx", Scheme(eight, eight, eight), search=False)
+    assert exact.data_bytes == planned("int8")
+    assert _dynamic.quantize(exported, tmp_path / "b.onnx").data_bytes == planned("int8-dynamic")
+    static = _static.quantize(exported, tmp_path / "c.onnx", _static.batches_of(source, SENTENCES[:2]))
+    assert static.data_bytes == planned("int8-static")
+
+
 @pytest.mark.parametrize(("kind", "least"), [("uint8", 0.985), ("int8", 0.97), ("uint16", 0.998)])
 def test_static_form(kind: Any, least: float, exported: Path, source: Path, tmp_path: Path) -> None:
     import onnx

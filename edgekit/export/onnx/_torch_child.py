@@ -26,6 +26,7 @@ _SHAPES = ((1, 1), (1, 7), (3, 20), (2, 70))
 """Batch and length to compare with; the graph is traced with another. Windowed attention gets a longer text too."""
 
 _LONGEST = 1500
+_STORED = 128  # integers from which on a count is not kept as a tensor
 
 _TRACED = (2, 13)
 
@@ -165,6 +166,7 @@ def _tidy(model: Any, names: Sequence[str], output: str) -> None:
     graph = model.graph
     for value in (*graph.inputs, *graph.outputs):
         value.shape = ir.Shape(["batch_size", "sequence_length", *list(value.shape)[2:]][: len(value.shape)])
+    _compute_counts(graph)
     given = set(names) | {output} | set(graph.initializers)
     taken: set[str] = set()
     for node in graph.all_nodes():
@@ -173,6 +175,43 @@ def _tidy(model: Any, names: Sequence[str], output: str) -> None:
         node.doc_string = None
     for value in graph.initializers.values():
         value.metadata_props.clear()
+
+
+def _compute_counts(graph: Any) -> None:
+    """Positions 0, 1, 2 ... and rows of one token type, which some models keep as tensors: computed, not stored."""
+    import numpy as np
+    import onnx_ir as ir
+
+    for value in list(graph.initializers.values()):
+        if value.dtype != ir.DataType.INT64 or value.const_value.size < _STORED:
+            continue
+        held = value.const_value.numpy()
+        if held.ndim != 2 or len(held) != 1:
+            continue
+        if np.array_equal(held[0], np.arange(held.shape[1])):
+            made = [
+                ir.node("Range", [_constant(graph, f"{value.name}_{n}", np.int64(n)) for n in (0, held.shape[1], 1)])
+            ]
+            made.append(
+                ir.node("Unsqueeze", [made[0].outputs[0], _constant(graph, f"{value.name}_axis", np.array([0]))])
+            )
+        elif (held == held[0, 0]).all():
+            parts = _constant(graph, f"{value.name}_value", held[:, :1]), np.array(held.shape)
+            made = [ir.node("Expand", [parts[0], _constant(graph, f"{value.name}_shape", parts[1])])]
+        else:
+            continue
+        graph.insert_before(graph[0], made)
+        ir.convenience.replace_all_uses_with(value, made[-1].outputs[0])
+        del graph.initializers[value.name]
+
+
+def _constant(graph: Any, name: str, number: Any) -> Any:
+    import numpy as np
+    import onnx_ir as ir
+
+    value = ir.val(name, const_value=ir.tensor(np.asarray(number, np.int64), name=name))
+    graph.register_initializer(value)
+    return value
 
 
 def _name(node: Any, given: set[str], taken: set[str], graph: Any) -> None:
