@@ -152,7 +152,7 @@ def verify(
     progress("verify", 4, steps)
     if task == GENERATION:
         greedy = _greedy(folder, known, decided, level, threads)
-        checks.append(Check("text", f"{greedy.same} of {greedy.tokens} greedy tokens of {ALL_POSITIONS} and {GRAPH}"))
+        checks.append(Check("text", _text_detail(greedy)))
         figures["greedy"] = asdict(greedy)
         progress("verify", 5, steps)
     return Certificate(level, tuple(checks), figures, tuple(dict.fromkeys(notes)))
@@ -192,7 +192,8 @@ def _check_files(
         require_runnable(file)
         found = _check_bits(file, decided, report)
         data |= {p: p.stat().st_size for p in file.external_files().values()}
-    files = Check("files", f"{len(paths)} graphs, {len(data)} data files of {show_bytes(sum(data.values()))}")
+    where = f"on data of {show_bytes(sum(data.values()))}" if data else "with the weights inside"
+    files = Check("files", f"{len(paths)} graph{'s' * (len(paths) > 1)} {where}, which this onnxruntime takes")
     shown = {f"int{bits} b{block}": n for (bits, block), n in sorted(found.matrices.items())}
     bits = Check(
         "bits", ", ".join(f"{n} matrices in {k}" for k, n in shown.items()) or f"{found.integer} int8 matrices"
@@ -328,6 +329,11 @@ def _numbers_detail(proof: _proof.Proof) -> str:
             f"top-1 agreement {found.top1:.1%} at {found.compared} positions"
         )
     return f"{found.relative:.2g} of the outputs from transformers{plain}; lowest cosine {found.cosine:.5f}"
+
+
+def _text_detail(found: _proof.Greedy) -> str:
+    ties = f", {found.tokens - found.same} tie with them" if found.same < found.tokens else ""
+    return f"{found.same} of {found.tokens} greedy tokens of {GRAPH} are what {ALL_POSITIONS} likes best{ties}"
 
 
 def _greedy(
