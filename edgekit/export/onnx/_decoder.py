@@ -82,7 +82,7 @@ def supported(config: Mapping[str, Any]) -> str | None:
         return f"this {family} is quantized already: export the model that it was made from"
     if family not in FAMILIES:
         return f"{BUILDER} {TESTED} has no exact builder for {family}"
-    named = config.get("architectures") or [FAMILIES[family]]
+    named = _texts(config, "architectures") or [FAMILIES[family]]
     if named[0] != FAMILIES[family]:
         return f"{named[0]} is not a causal language model ({FAMILIES[family]})"
     return _unsupported_setting(family, config)
@@ -90,8 +90,8 @@ def supported(config: Mapping[str, Any]) -> str | None:
 
 def _unsupported_setting(family: str, config: Mapping[str, Any]) -> str | None:
     """A setting that the builder reads wrongly or not at all, as a sentence."""
-    activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    kinds = set(config.get("layer_types") or ())
+    activation = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
+    kinds = set(_texts(config, "layer_types"))
     neutral = {"clip_qkv": None, "qk_layernorm": False, "use_bidirectional_attention": False}
     changed = [key for key, value in neutral.items() if config.get(key) not in (value, None)]
     if changed:
@@ -102,7 +102,7 @@ def _unsupported_setting(family: str, config: Mapping[str, Any]) -> str | None:
         return f"this {family} is a mixture of experts: its experts would stay float32"
     if activation not in ACTIVATIONS:
         return f"{BUILDER} does not know the activation {activation!r}"
-    if unknown := sorted(map(str, kinds - LAYER_TYPES)):
+    if unknown := sorted(kinds - LAYER_TYPES):
         return f"{BUILDER} does not know layers of type {unknown[0]!r} in {family}"
     if family == "granitemoehybrid" and not kinds:  # transformers' default there
         return f"{BUILDER} does not know the mamba layers of {family}"
@@ -115,14 +115,15 @@ _ORIGINAL = "original_max_position_embeddings"
 def _unsupported_rope(family: str, config: Mapping[str, Any]) -> str | None:
     ropes = list(_ropes(config))
     for rope in ropes:
-        kind = rope.get("rope_type") or rope.get("type") or "default"
+        kind = str(rope.get("rope_type") or rope.get("type") or "default")
         if kind not in ROPE_TYPES or (kind == "longrope" and family != "phi3"):
             return f"{BUILDER} does not know rope type {kind!r} in {family}"
         original = _number(config, _ORIGINAL) or _number(rope, _ORIGINAL) or LONGROPE_SWITCH
         if kind == "longrope" and original not in (LONGROPE_SWITCH, _number(config, "max_position_embeddings")):
             return f"{BUILDER} changes longrope factors at {LONGROPE_SWITCH} tokens, this {family} at {original}"
-    if config.get("position_embedding_type", "rope") != "rope":
-        return f"{BUILDER} does not know position_embedding_type {config['position_embedding_type']!r} of {family}"
+    positions = config.get("position_embedding_type", None if family == "granitemoehybrid" else "rope")
+    if positions != "rope":  # the builder rotates all the same
+        return f"{BUILDER} does not know position_embedding_type {positions!r} of {family}"
     head, rotated = _head(config, ropes)
     if head % 16 or rotated % 16:  # what GroupQueryAttention checks when it runs
         return (
@@ -150,6 +151,12 @@ def _head(config: Mapping[str, Any], ropes: Sequence[Mapping[str, Any]]) -> tupl
         if isinstance(part, float) and 0 < part <= 1:
             return head, int(head * part)
     return head, head
+
+
+def _texts(config: Mapping[str, Any], key: str) -> list[str]:
+    """A list of the config as texts, empty where it is absent or no list."""
+    value = config.get(key)
+    return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def _number(config: Mapping[str, Any], key: str) -> int:
