@@ -146,6 +146,13 @@ def test_prompts(bert: Path) -> None:
     assert Pooling().prompt() == ""
 
 
+def test_what_nobody_says_is_theirs_too(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {"architectures": ["Qwen3ForCausalLM"]})
+    assert read_pooling(tmp_path) == Pooling(kinds=("lasttoken",))
+    write(tmp_path, "1_Pooling/config.json", {"word_embedding_dimension": 4, "pooling_mode_cls_token": False})
+    assert read_pooling(tmp_path) == Pooling(kinds=("mean",), stated=True)
+
+
 def test_cut_keeps_what_stands_around() -> None:
     bare = list(range(10, 30))
     assert shortened([101, *bare, 102], bare, 8) == [101, 10, 11, 12, 13, 14, 15, 102]
