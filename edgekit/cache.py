@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ LIMIT = 16 * GIB
 
 _INDEX = "entry.json"
 _BLOCK = 1 << 20
+_ABANDONED = 30 * 86_400  # seconds after which nobody comes back to a journal
 
 
 def cache_dir() -> Path:
@@ -119,6 +121,10 @@ def trim(most: int, keep: Path | None = None) -> None:
     for stale in cache_dir().glob("*/.*-*"):
         if not _alive(stale.name.rpartition("-")[2]):
             shutil.rmtree(stale, ignore_errors=True)
+    for journal in cache_dir().glob("*/*.jsonl"):
+        with contextlib.suppress(OSError):
+            if journal.stat().st_mtime < time.time() - _ABANDONED:
+                journal.unlink()
     found = sorted(_entries(), key=lambda e: e.used)
     total = sum(e.nbytes for e in found)
     for entry in found:

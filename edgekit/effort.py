@@ -29,6 +29,10 @@ FEEDBACK_PATIENCE = 180.0
 """Seconds that probing with the encoder of the final file may take beyond ggml's own, below high effort."""
 
 
+RUNG_SECONDS = 60.0
+"""A stock preset that takes longer than this to write and judge is not measured just to compare with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """`tokens` read to calibrate, of which `held_out` more decide between candidates; prompts that are answered to see
@@ -122,19 +126,23 @@ def estimate(plan: Plan, effort: str = "normal", speed: Speed | None = None, *, 
     groups, formats = sensitivity.choose_probes(sensitivity.parts_of(plan.blueprint), effort)
     probes = PASS * sensitivity.passes(groups, formats, effort, combined=len(sensitivity.COMBINED))
     candidates = 5 if effort == "high" else 4
-    rungs = len(rung_names()) if chosen.rungs is None else chosen.rungs
     tokens = {
         "text": written,
         "importance": chosen.tokens,
         "reference": chosen.held_out,
         "probes": probes,
         "candidates": candidates * chosen.held_out,
-        "ladder": rungs * chosen.held_out,
+        "ladder": _rungs(plan, chosen, speed) * chosen.held_out,
         "answers": 2 * chosen.prompts * (chosen.answer_tokens + _PROMPT),
     }
-    if speed is None:
-        return Work(tokens)
-    return Work(tokens, _seconds(plan, effort, speed, tokens, candidates, rungs))
+    return Work(tokens, None if speed is None else _seconds(plan, effort, speed, tokens, candidates))
+
+
+def _rungs(plan: Plan, chosen: Effort, speed: Speed | None) -> int:
+    """Stock presets that will be measured to compare with: none where each would take too long."""
+    if speed and _writing(plan, speed) + chosen.held_out * _a_token(plan, speed) > RUNG_SECONDS:
+        return 0
+    return len(rung_names()) if chosen.rungs is None else chosen.rungs
 
 
 _PROMPT = 24  # tokens of a question in its template, about
@@ -144,21 +152,30 @@ _EACH, _PAIR, _FACTOR = 6e4, 10.0, 2.0  # of error feedback: a weight, a pair of
 _LAYER, _WORD = 1.2e6, 400.0  # operations of a token beside its matrices: a layer, and an entry of the vocabulary
 
 
-def _seconds(
-    plan: Plan, effort: str, speed: Speed, tokens: Mapping[str, int], candidates: int, rungs: int
-) -> dict[str, float]:
-    half = all(s.dtype in ("F16", "BF16") for t in plan.tensors for s in t.made.sources if t.made.values > 1 << 16)
-    rate = speed.flops * speed.threads * (speed.half if half else _FULL)
-    a_token = (2 * active(plan.blueprint) + _overhead(plan.blueprint)) / rate
-    found = {name: n * a_token for name, n in tokens.items()}
+def _seconds(plan: Plan, effort: str, speed: Speed, tokens: Mapping[str, int], candidates: int) -> dict[str, float]:
+    found = {name: n * _a_token(plan, speed) for name, n in tokens.items()}
     found["importance"] += tokens["importance"] * sum(cols**2 for cols in _inputs(plan.blueprint)) / speed.flops
     found["answers"] *= _ALONE
-    weights = sum(t.made.values for t in plan.tensors if len(t.shape) > 1)
     fed_back = feedback_seconds(plan.blueprint, speed)
-    found["writing"] = (1 + rungs) * weights * _ENCODE / speed.flops / speed.threads + (candidates - 1) * fed_back
+    rungs = tokens["ladder"] // find(effort).held_out
+    found["writing"] = (1 + rungs) * _writing(plan, speed) + (candidates - 1) * fed_back
     if with_feedback(plan.blueprint, effort, speed):
-        found["probes"] += fed_back
+        formats = sensitivity.choose_probes(sensitivity.parts_of(plan.blueprint), effort)[1]
+        found["probes"] += len(formats) * fed_back
     return found
+
+
+def _a_token(plan: Plan, speed: Speed) -> float:
+    """Seconds of one token among many, through the unquantised model."""
+    matrices = (t for t in plan.tensors if len(t.shape) > 1)
+    half = all(source.dtype in ("F16", "BF16") for t in matrices for source in t.made.sources)
+    rate = speed.flops * speed.threads * (speed.half if half else _FULL)
+    return (2 * active(plan.blueprint) + _overhead(plan.blueprint)) / rate
+
+
+def _writing(plan: Plan, speed: Speed) -> float:
+    """Seconds of encoding every matrix once with ggml's encoders."""
+    return sum(t.made.values for t in plan.tensors if len(t.shape) > 1) * _ENCODE / speed.flops / speed.threads
 
 
 def feedback_seconds(blueprint: Blueprint, speed: Speed) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from edgekit import artifact, chat, flips, folding, mixing
 from edgekit.arch import Blueprint
-from edgekit.effort import EFFORTS, estimate, rung_names, worth_it
+from edgekit.effort import EFFORTS, RUNG_SECONDS, estimate, rung_names, worth_it
 from edgekit.effort import find as find_effort
 from edgekit.export import gguf
 from edgekit.flips import Flips
@@ -32,9 +32,6 @@ __all__ = [
     "EFFORTS", "Attempt", "Candidate", "Knowledge", "Outcome", "attempts", "bring", "choose", "estimate",
     "importance_names", "learn", "rungs", "spill_folder", "tune", "worth_it",
 ]  # fmt: skip
-
-RUNG_SECONDS = 60.0
-"""A stock preset that takes longer than this to write and judge is not measured just to compare with."""
 
 RESAMPLES = 2_000
 """Of the paired bootstrap."""
