@@ -507,6 +507,20 @@ def _encoder_choice(plans: Sequence[OnnxPlan], target: Target, wish: Wish) -> On
     return replace(plans[0], why="the variant that is closest to the source")
 
 
+_ACCELERATORS: Mapping[Kind, tuple[str, ...]] = {
+    "nbits": ("CUDA", "DirectML"),
+    "dynamic": (),
+    "static": ("TensorRT", "QNN", "OpenVINO", "CUDA"),
+}
+"""Execution providers of onnxruntime that compute a variant's operators; all others would leave them to the CPU."""
+
+
+def providers_for(variant: Variant, target: Target) -> tuple[str, ...]:
+    """What the artefact is to run on, most wanted first: the target's providers that know its operators, then the
+    CPU."""
+    return (*(p for p in _ACCELERATORS[variant.kind] if p in target.ort_providers), "CPU")
+
+
 def require_fit(decided: OnnxPlan) -> None:
     """Raise DoesNotFit (exit 3) when the target has less memory than running takes."""
     if decided.memory.fits:

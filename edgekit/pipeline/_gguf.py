@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekit import artifact
+from edgekit import artifact, embedding
 from edgekit.artifact import Artifact
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.export import gguf
@@ -191,10 +192,21 @@ def _make(conversion: Conversion, job: _Job, progress: Progress) -> Conversion:
         )
         for path, text in _companions(conversion, written.path.name, certificate).items():
             (stage / path).write_text(text, encoding="utf-8")
+        _carry(source, stage)
         sealed = manifest(conversion, written, certificate, job.recipe)
         artifact.seal(stage, sealed, {written.path.name: written.sha256})
     warnings = tuple(dict.fromkeys(conversion.warnings + certificate.warnings))
     return replace(conversion, artifact=artifact.open_artifact(out), certificate=certificate, warnings=warnings)
+
+
+def _carry(source: Source, stage: Path) -> None:
+    """An encoder's own files say how its token vectors become one, and how long a text may be: no GGUF key does."""
+    root = source.checkpoint.root
+    if source.blueprint.geometry.causal or source.checkpoint.kind == "gguf":
+        return
+    for name in embedding.files_of(root):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(artifact.inside(root, name), stage / name)
 
 
 def _write(conversion: Conversion, job: _Job, stage: Path, progress: Progress) -> tuple[Conversion, Written]:

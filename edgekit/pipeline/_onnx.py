@@ -187,7 +187,6 @@ def _store(
     if not decided.shape.causal or wanted in ("none", "auto"):
         place = work / "stored"
         place.mkdir()
-        kind: Literal["int8", "uint8"] = "int8" if "TensorRT" in done.target.ort_providers else "uint8"
         return done, onnx.store(
             graph,
             place / onnx.GRAPH,
@@ -196,7 +195,7 @@ def _store(
             None,
             threads,
             feeds=_feeds(done, graph, wanted) if decided.variant.kind == "static" else (),
-            kind=kind,
+            kind=_activations(done.target),
             progress=progress,
         )
     from edgekit import onnx_tuning
@@ -206,6 +205,13 @@ def _store(
     )
     outcome = onnx_tuning.choose(_rivals(done, options), known, graph.parent, work, threads=threads, progress=progress)
     return replace(done, plan=outcome.plan, outcome=outcome), outcome.stored
+
+
+def _activations(target: Target) -> Literal["int8", "uint8", "uint16"]:
+    """How fixed scales round activations: TensorRT wants them around zero, Qualcomm's NPU multiplies 16 by 8 bits."""
+    if "TensorRT" in target.ort_providers:
+        return "int8"
+    return "uint16" if "QNN" in target.ort_providers else "uint8"
 
 
 def _feeds(done: OnnxConversion, graph: Path, calibration: str) -> list[Any]:
@@ -267,6 +273,7 @@ def _manifest(done: OnnxConversion, certificate: Certificate, recipe: Recipe, re
             "dtype": checkpoint.dtype,
         },
         "target": done.target.name,
+        "providers": list(onnx_planning.providers_for(done.plan.variant, done.target)),
         "recipe": recipe.model_dump(mode="json"),
         "plan": summary(done.plan, tensors=True),
         "nodes": [asdict(node) for node in report.nodes],

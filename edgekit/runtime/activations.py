@@ -67,7 +67,7 @@ def collect(
     wanted; they take 4 cols² bytes for each distinct input, in memory or, with `spill`, in files of that folder, of
     which only one is held in memory at a time where all of them would be too much (see edgekit.runtime.moments).
     `threads` None: as many as the session has. The memory of a session is not touched. Raises RuntimeFailed (an unknown
-    engine, a value that is not finite), EdgekitError for chunks that are empty or names in `moments` that met no matrix.
+    engine, a value that is not finite), EdgekitError for empty chunks or names in `moments` that met no matrix.
     """
     wanted = frozenset(moments or ())
     total, longest = _measure(chunks)

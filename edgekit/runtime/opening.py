@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekit.artifact import model_file
+from edgekit.artifact import MANIFEST, model_file, open_artifact
 from edgekit.errors import EdgekitError
 from edgekit.gguf_file import open_gguf
 from edgekit.runtime import Session
@@ -30,7 +30,8 @@ def open_session(
 
     `n_ctx` None: what an ONNX artefact was planned for, else 4096 tokens or as many as the model was trained with if
     those are fewer; 0: all of them. `threads` None: the cores worth using. `embeddings` None: encoders give vectors,
-    all others text. `pooling` is for GGUF, `providers` for ONNX (names as in targets; what cannot be had is noted).
+    all others text. `pooling` is for GGUF, `providers` for ONNX (names as in targets; None: the
+    artefact's own; what cannot be had is noted).
     Raises EdgekitError, MissingExtra, CorruptCheckpoint, RuntimeFailed.
     """
     path = model_file(ref)
@@ -40,7 +41,11 @@ def open_session(
         from edgekit.runtime import onnxruntime
 
         return onnxruntime.open_session(
-            path, n_ctx=n_ctx, threads=threads, providers=providers, embeddings=embeddings is True
+            path,
+            n_ctx=n_ctx,
+            threads=threads,
+            providers=_planned_providers(ref) if providers is None else providers,
+            embeddings=embeddings is True,
         )
     if providers is not None:
         raise EdgekitError("providers= is for ONNX", "a GGUF runs where llama.cpp was built for")
@@ -50,6 +55,16 @@ def open_session(
     size = min(DEFAULT_CONTEXT, trained or DEFAULT_CONTEXT) if n_ctx is None else n_ctx
     wanted = encoder if embeddings is None else embeddings
     return llama_cpp.open_session(path, n_ctx=size, threads=threads, embeddings=wanted, pooling=pooling)
+
+
+def _planned_providers(ref: str | Path) -> tuple[str, ...] | None:
+    """What the artefact was made to run on; None where no manifest says, or it is the CPU alone."""
+    root = Path(ref)
+    if not (root / MANIFEST).is_file():
+        return None
+    said = open_artifact(root).manifest.get("providers")
+    names = tuple(name for name in said if isinstance(name, str)) if isinstance(said, list) else ()
+    return names if set(names) - {"CPU"} else None
 
 
 def engine_of(path: Path) -> str:
