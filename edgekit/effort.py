@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from time import perf_counter
 
 import numpy as np
@@ -16,7 +16,7 @@ from edgekit import sensitivity
 from edgekit.arch import Blueprint, Role
 from edgekit.host import detect
 from edgekit.planning import Plan
-from edgekit.quant import presets
+from edgekit.quant import gptq, presets
 from edgekit.shelf import unknown
 
 PASS = sensitivity.PASS
@@ -160,8 +160,7 @@ def _seconds(plan: Plan, effort: str, speed: Speed, tokens: Mapping[str, int], c
     rungs = tokens["ladder"] // find(effort).held_out
     found["writing"] = (1 + rungs) * _writing(plan, speed) + (candidates - 1) * fed_back
     if with_feedback(plan.blueprint, effort, speed):
-        formats = sensitivity.choose_probes(sensitivity.parts_of(plan.blueprint), effort)[1]
-        found["probes"] += len(formats) * fed_back
+        found["probes"] += probing_seconds(plan.blueprint, effort, speed)
     return found
 
 
@@ -189,8 +188,17 @@ def with_feedback(blueprint: Blueprint, effort: str, speed: Speed) -> bool:
     takes little time."""
     if effort == "high":
         return True
-    formats = sensitivity.choose_probes(sensitivity.parts_of(blueprint), effort)[1]
-    return effort == "normal" and len(formats) * feedback_seconds(blueprint, speed) <= FEEDBACK_PATIENCE
+    return effort == "normal" and probing_seconds(blueprint, effort, speed) <= FEEDBACK_PATIENCE
+
+
+def probing_seconds(blueprint: Blueprint, effort: str, speed: Speed) -> float:
+    """What probes with error feedback take beyond those without: every matrix in every format that is tried, and a
+    sample of it in all that are considered."""
+    parts = sensitivity.parts_of(blueprint)
+    formats = sensitivity.choose_probes(parts, effort)[1]
+    considered = len(gptq.FORMATS.intersection(sensitivity.CONSIDERED))
+    sampled = sum(min(prod(p.shape), sensitivity.SAMPLE) * (_EACH + _PAIR * p.shape[-1]) for p in parts)
+    return len(formats) * feedback_seconds(blueprint, speed) + considered * sampled / speed.flops / speed.threads
 
 
 def active(blueprint: Blueprint) -> int:

@@ -23,10 +23,10 @@ from edgekit.sensitivity._groups import (
     parts_of,
     passes,
 )  # fmt: skip
-from edgekit.sensitivity._measure import measure, rounding_errors
+from edgekit.sensitivity._measure import SAMPLE, measure, rounding_errors
 
 __all__ = [
-    "COMBINED", "CONSIDERED", "NARROW_PROBES", "PASS", "PROBES", "Array", "Assignment", "Bytes", "Combined", "Encode",
-    "Group", "Importance", "Part", "Probe", "Sensitivity", "choose_probes", "combinations", "from_json", "group",
-    "measure", "parts_of", "passes", "rounding_errors",
+    "COMBINED", "CONSIDERED", "NARROW_PROBES", "PASS", "PROBES", "SAMPLE", "Array", "Assignment", "Bytes", "Combined",
+    "Encode", "Group", "Importance", "Part", "Probe", "Sensitivity", "choose_probes", "combinations", "from_json",
+    "group", "measure", "parts_of", "passes", "rounding_errors",
 ]  # fmt: skip

@@ -34,11 +34,13 @@ from edgekit.sensitivity._groups import (
     Part,
     find_effort,
     probed,
-)  # fmt: skip
+)
 from edgekit.units import Progress, silent
 
 _SKIP = 1 / 8  # of each chunk: predictions with next to no context are no model of use
-_SAMPLE = 1 << 17  # weights of a tensor that are rounded to tell formats apart
+SAMPLE = 1 << 17
+"""Weights of a tensor that are rounded to tell formats apart."""
+
 _SLAB = 4 << 20
 
 
@@ -205,7 +207,7 @@ def _sample(weights: Weights, part: Part) -> Iterator[tuple[int, Array, float]]:
     """(expert, some of its rows at even distances, how many rows each stands for)."""
     experts = part.shape[0] if len(part.shape) > 2 else 1
     rows, cols = part.shape[-2:]
-    wanted = min(rows, max(1, _SAMPLE // (cols * experts)))
+    wanted = min(rows, max(1, SAMPLE // (cols * experts)))
     for expert in range(experts):
         at = (np.arange(wanted) * rows // wanted + expert * rows).tolist()
         picked = np.concatenate([weights.read(part.name, row, row + 1) for row in at])
