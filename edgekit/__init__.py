@@ -18,14 +18,28 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from edgekit.benchmark import bench
+    from edgekit.certification import certify
     from edgekit.errors import EdgekitError
+    from edgekit.evaluation import evaluate
     from edgekit.generation import answer
     from edgekit.inspection import inspect
     from edgekit.pipeline import Options, convert, plan
     from edgekit.runtime.opening import open_session as load
     from edgekit.target import Target
 
-__all__ = ["EdgekitError", "Options", "Target", "answer", "bench", "convert", "inspect", "load", "plan"]
+__all__ = [
+    "EdgekitError",
+    "Options",
+    "Target",
+    "answer",
+    "bench",
+    "certify",
+    "convert",
+    "evaluate",
+    "inspect",
+    "load",
+    "plan",
+]
 
 _WHERE = {
     "EdgekitError": ("edgekit.errors", "EdgekitError"),
@@ -33,7 +47,9 @@ _WHERE = {
     "Target": ("edgekit.target", "Target"),
     "answer": ("edgekit.generation", "answer"),
     "bench": ("edgekit.benchmark", "bench"),
+    "certify": ("edgekit.certification", "certify"),
     "convert": ("edgekit.pipeline", "convert"),
+    "evaluate": ("edgekit.evaluation", "evaluate"),
     "inspect": ("edgekit.inspection", "inspect"),
     "load": ("edgekit.runtime.opening", "open_session"),
     "plan": ("edgekit.pipeline", "plan"),
