@@ -23,7 +23,8 @@ from edgekit.export.gguf import Slab
 from edgekit.planning import Plan
 from edgekit.quant import Format, ggml, gptq
 from edgekit.reference import CompactReference
-from edgekit.runtime.llama_cpp import LlamaSession, open_session
+from edgekit.runtime.llama_cpp import LlamaSession
+from edgekit.runtime.steady import open_steady
 from edgekit.sensitivity import Sensitivity
 from edgekit.units import MIB, Progress, silent
 
@@ -134,7 +135,7 @@ class _Reader:
         if self._session is None:
             path = self.model if isinstance(self.model, Path) else self._stack.enter_context(self.model())
             # probing overwrites weights in memory, so they must not be pages of the file
-            opened = open_session(path, n_ctx=self.context, threads=self.threads, mmap=False)
+            opened = open_steady(path, n_ctx=self.context, threads=self.threads, mmap=False)
             self._session = self._stack.enter_context(opened)
         return self._session
 

@@ -24,7 +24,7 @@ from edgekit.imatrix_file import Imatrix, open_imatrix
 from edgekit.learning import Knowledge, Moments, Opener, importance_names, learn
 from edgekit.planning import Plan, plan, with_formats
 from edgekit.quality import Column
-from edgekit.runtime.llama_cpp import open_session
+from edgekit.runtime.steady import open_steady
 from edgekit.target import Target
 from edgekit.units import Progress, silent
 
@@ -204,7 +204,7 @@ class _Judging:
         path = self.folder / f"{name}.gguf"
         written = gguf.write(attempt.plan, path, attempt.encoding(self.threads), progress=self.progress)
         longest = max(map(len, self.known.judge.chunks))
-        with open_session(path, n_ctx=longest, threads=self.threads) as session:
+        with open_steady(path, n_ctx=longest, threads=self.threads) as session:
             columns = self.known.judge.columns(session, progress=self.progress)
         return _Seen(written, columns.kl, float(columns.same.mean()), perf_counter() - start)
 
@@ -227,7 +227,7 @@ class _Judging:
         if asked is None:
             return None
         context = max(map(len, asked.ids)) + asked.max_tokens
-        with open_session(path, n_ctx=context, threads=self.threads) as session:
+        with open_steady(path, n_ctx=context, threads=self.threads) as session:
             answers = flips.greedy(session, asked.ids, asked.max_tokens, progress=self.progress)
             return flips.compare(session, asked.prompts, asked.answers, answers, asked.max_tokens)
 

@@ -18,7 +18,8 @@ import pytest
 from edgekit import cache, corpus, effort, learning, pipeline, planning, sensitivity, tuning, verification
 from edgekit.effort import Effort, Speed
 from edgekit.errors import CorruptCheckpoint, EdgekitError, UnknownName
-from edgekit.runtime.llama_cpp import Context
+from edgekit.runtime import steady
+from edgekit.runtime.llama_cpp import Context, LlamaSession, open_session
 from edgekit.target import Target
 from tests import pico
 
@@ -347,6 +348,27 @@ def test_tuning_without_being_asked(source: pipeline.Source) -> None:
     assert tuning.worth_it(planned(source), "low", Speed(1e11, 2)) is None
     why = tuning.worth_it(planned(source), "low", Speed(1e6, 1))
     assert why is not None and "--calibration self" in why and " h " in why
+
+
+@pytest.mark.parametrize(("times", "threads"), [([2.0, 1.0], 1), ([1.0, 2.0], 2)])
+def test_threads_that_do_not_help_are_left_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch, times: list[float], threads: int
+) -> None:
+    asked: list[int] = []
+
+    def spent(session: LlamaSession) -> float:
+        asked.append(session.threads)
+        assert real(session) > 0
+        return times[len(asked) - 1]
+
+    real = steady.seconds
+    monkeypatch.setattr(steady, "seconds", spent)
+    with run.unquantised() as path:
+        with steady.open_steady(path, n_ctx=64, threads=2) as session:
+            assert (asked, session.threads) == ([2, 1], threads)
+            found = session.logits(range(3, 40))
+        with open_session(path, n_ctx=64, threads=2) as plain:
+            assert np.array_equal(found, plain.logits(range(3, 40)))
 
 
 def test_measured_costs_are_saved(run: Run) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -324,7 +324,7 @@ class LlamaSession:
 
     def __init__(self, model: Model, settings: ContextSettings) -> None:
         self._api = library().api
-        self.model = model
+        self.model, self._settings = model, settings
         self.context = Context(model, settings)
         self._embeddings = settings.embeddings
         self._fed: list[int] = []
@@ -547,6 +547,10 @@ class LlamaSession:
     def reset(self) -> None:
         self._take_turn(forget=True)
         self.context.spent = Spent()
+
+    def with_threads(self, threads: int) -> LlamaSession:
+        """Another session of the same model, which closes the model too: close the context of the one not wanted."""
+        return LlamaSession(self.model, replace(self._settings, threads=threads))
 
     def close(self) -> None:
         self.context.close()
