@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit import host
+from edgekit import cache, host
 from edgekit.errors import EdgekitError
 from edgekit.quant import ggml
 from edgekit.recipe import Recipe
@@ -33,7 +34,9 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at everything; a check that fails becomes a finding, never an exception that a user could cause."""
-    checks: tuple[Callable[[], Finding], ...] = (_python, _packages, _kernels, _runtime, _machine, _disk, _hub, _data)
+    checks: tuple[Callable[[], Finding], ...] = (
+        _python, _packages, _kernels, _runtime, _onnx, _machine, _disk, _cache, _hub, _data,
+    )  # fmt: skip
     return [_guarded(check) for check in checks]
 
 
@@ -76,6 +79,35 @@ def _runtime() -> Finding:
     (commit, release), (cpus, gpus, backends) = engine.build(), engine.devices()
     parts = [f"llama.cpp {release} (ggml {commit})", *cpus, *(f"GPU {name}" for name in gpus), *backends]
     return Finding("runtime", True, ", ".join(parts) if gpus else f"{', '.join(parts)}, no GPU backend")
+
+
+def _onnx() -> Finding:
+    """ONNX is optional: what is installed of it, and what that is enough for."""
+    runs = _versions("onnxruntime", "onnxruntime-genai")
+    makes = _versions("onnx", "onnxscript", "torch", "transformers")
+    if len(runs) < 2:
+        return Finding(
+            "onnx", True, 'not installed; pip install "edgekit[onnx-runtime]" runs it, "edgekit[onnx]" makes it'
+        )
+    can = "makes and runs it" if len(makes) == 4 else 'runs it; pip install "edgekit[onnx]" makes it'
+    return Finding("onnx", True, f"{', '.join(runs + makes)}: {can}; telemetry is off")
+
+
+def _versions(*names: str) -> list[str]:
+    found = []
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return found
+
+
+def _cache() -> Finding:
+    """What tuning learned and keeps."""
+    used, most = cache.usage(), cache.limit()
+    detail = (
+        f"{show_bytes(used)} of at most {show_bytes(most)} in {cache.cache_dir()} (EDGEKIT_CACHE, EDGEKIT_CACHE_LIMIT)"
+    )
+    return Finding("cache", True, detail)
 
 
 def _machine() -> Finding:
