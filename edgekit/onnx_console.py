@@ -49,8 +49,10 @@ def tensor_table(plan: OnnxPlan) -> Table:
 
 
 def speed_line(plan: OnnxPlan) -> str:
-    """Forecast decode speed, or why there is none."""
+    """Forecast speed of writing, or of an encoder's reading, or why there is none."""
     f = plan.forecast
+    if not plan.shape.causal and f.prefill_tok_s:
+        return f"forecast [bold]{rate(f.prefill_tok_s)} tok/s[/] read [dim]({f.backend}; edgekit bench measures)"
     if f.decode_tok_s is None or not plan.shape.causal:
         return f"[dim]no forecast{': ' + plain(f.basis) if f.basis else ''}; edgekit bench measures"
     low, high = f.decode_range or (0.0, 0.0)

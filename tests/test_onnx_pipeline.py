@@ -207,6 +207,7 @@ def test_a_real_encoder_keeps_its_vectors(
         got = session.embed(texts)
     cosines = (wanted * got).sum(1) / np.linalg.norm(wanted, axis=1) / np.linalg.norm(got, axis=1)
     assert cosines.min() >= cosine
+    assert not any("scales" in w for w in done.warnings), "scales belong to quantized weights"
     weights = 4 * open_checkpoint(minilm).parameters
     files = sum(p.stat().st_size for p in done.out.rglob("model_quantized.onnx*"))
     assert files <= size * weights

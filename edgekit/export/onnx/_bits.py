@@ -45,7 +45,12 @@ def read_bits(file: OnnxFile) -> Bits:
     """What `file` says of itself, unchecked."""
     nodes = list(file.every_node())
     found = {op: Counter(_stated(n) for n in nodes if n.op == op) for op in ("MatMulNBits", "GatherBlockQuantized")}
-    plain = {t.name: t.nbytes for t in file.tensors if t.dtype in _FLOATS and t.nbytes >= LARGE and not _is_rotary(t)}
+    scales = {name for n in nodes if n.op in found for name in n.inputs[2:]}
+    plain = {
+        t.name: t.nbytes
+        for t in file.tensors
+        if t.dtype in _FLOATS and t.nbytes >= LARGE and t.name not in scales and not _is_rotary(t)
+    }
     integers = {t.name for t in file.tensors if t.dtype in ("int8", "uint8", "int4", "uint4") and len(t.shape) == 2}
     readers = [n for n in nodes if n.op in ("MatMulInteger", "DequantizeLinear", "DynamicQuantizeMatMul")]
     count = sum(bool(integers & set(n.inputs)) for n in readers)
