@@ -20,6 +20,7 @@ from typing import Any
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.checkpoint._files import inside
 from edgekit.errors import EdgekitError, MissingExtra, RuntimeFailed, UnsupportedModel
+from edgekit.export.onnx._tokenizer import restore
 from edgekit.units import Progress, show_bytes, silent
 
 BUILDER = "onnxruntime-genai"
@@ -200,6 +201,7 @@ def build(root: Path, folder: Path, *, progress: Progress = silent) -> Path:
     for name in CARRIED:
         if (root / name).is_file():
             shutil.copyfile(inside(root, name), folder / name)
+    restore(root, folder / "tokenizer.json")
     return graph
 
 
