@@ -151,7 +151,7 @@ def verify(
     notes += proof.warnings
     progress("verify", 4, steps)
     if task == GENERATION:
-        greedy = _greedy(folder, known, decided, level, threads)
+        greedy = _greedy(folder, known, decided, level, proof.figures.relative, threads)
         checks.append(Check("text", _text_detail(greedy)))
         figures["greedy"] = asdict(greedy)
         progress("verify", 5, steps)
@@ -337,11 +337,12 @@ def _text_detail(found: _proof.Greedy) -> str:
 
 
 def _greedy(
-    folder: Path, known: _predictions.Predictions, decided: OnnxPlan, level: str, threads: int
+    folder: Path, known: _predictions.Predictions, decided: OnnxPlan, level: str, noise: float, threads: int
 ) -> _proof.Greedy:  # fmt: skip
     """A short prompt, and one that is past the window where there is room for an answer behind it."""
     n, ids = _GREEDY[level], known.texts[0]
     room = max(1, decided.context - n)
     prompts = [ids[: min(12, room)], ids[: min(len(ids), room)]]
     judge = folder / ALL_POSITIONS
-    return _proof.same_greedy(folder, judge if judge.is_file() else folder / GRAPH, prompts, n, threads=threads)
+    unpruned = judge if judge.is_file() else folder / GRAPH
+    return _proof.same_greedy(folder, unpruned, prompts, n, noise=noise, threads=threads)

@@ -322,12 +322,20 @@ class Greedy:
 
 
 def same_greedy(
-    shipped: Path, unpruned: Path, prompts: Sequence[Sequence[int]], n: int = 16, *, threads: int = 1
+    shipped: Path,
+    unpruned: Path,
+    prompts: Sequence[Sequence[int]],
+    n: int = 16,
+    *,
+    noise: float = 0.0,
+    threads: int = 1,
 ) -> Greedy:
     """Let onnxruntime-genai continue `prompts` with the folder `shipped`; `unpruned`, a graph of every position run by
     plain onnxruntime, must like each of its `n` tokens best, or as well as the best but for noise.
 
-    Raises VerificationFailed.
+    `noise`: how far rounding moves the logits, relative. Activations in 8 bits round otherwise one token at a time than
+    many at once, so that a lead of a few times that says nothing; the logits behind the prompts, which both read at
+    once, have no such excuse. Raises VerificationFailed.
     """
     from edgekit.export.onnx._running import continue_greedily
 
@@ -342,7 +350,7 @@ def same_greedy(
         same += int((lead == 0).sum())
         gaps += lead.tolist()
     found = Greedy(len(prompts), sum(len(t) for t, _ in answers), same, max(gaps), max(differences))
-    if not (found.gap <= 2.5 * CLEAR and found.relative <= WORST):
+    if not (found.gap <= max(2.5 * CLEAR, min(1.0, 6 * noise)) and found.relative <= WORST):
         raise VerificationFailed(
             f"the shipped graph in {shipped.name} does not continue prompts as {unpruned.name} would: {found.same} of "
             f"{found.tokens} tokens are the same, its logits differ by {found.relative:.2g}",
