@@ -18,6 +18,7 @@ import pytest
 
 import edgekit
 from edgekit import generation
+from edgekit import ort_library as library
 from edgekit.artifact import model_file
 from edgekit.errors import CorruptCheckpoint, EdgekitError, MissingExtra, RuntimeFailed, UnknownName, UnsupportedModel
 from edgekit.export.onnx import _decoder, _encoder, _shipping
@@ -28,7 +29,6 @@ from edgekit.pipeline import Options, convert
 from edgekit.quant.nbits import NBits
 from edgekit.runtime import Session, llama_cpp, onnxruntime
 from edgekit.runtime import _ort_genai as engine
-from edgekit.runtime import _ort_library as library
 from edgekit.runtime._ort_vocabulary import Vocabulary
 from edgekit.runtime._sampling import Sampler, Sampling
 from edgekit.runtime.onnxruntime import DecoderSession, EncoderSession, open_session
@@ -734,7 +734,7 @@ def test_missing_packages_are_named() -> None:
 import sys
 sys.modules["onnxruntime_genai"] = None
 from edgekit.errors import MissingExtra
-from edgekit.runtime import _ort_library as library
+from edgekit import ort_library as library
 library.onnxruntime()
 try:
     library.genai()

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgekit import ort_library as library
 from edgekit.benchmark._graph import weights_of
 from edgekit.benchmark._plan import Clock, Sizes, decoder_tests, encoder_tests
 from edgekit.benchmark._result import Measurement, Ran, Request
 from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.host import detect
 from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
-from edgekit.runtime import _ort_library as library
 from edgekit.runtime._common import Spent
 from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from edgekit.errors import RuntimeFailed, UnsupportedModel
 from edgekit.onnx_file import OnnxFile
+from edgekit.ort_library import onnxruntime, open_graph, readable
 from edgekit.runtime import Logits
 from edgekit.runtime._common import Spent, Tokens, same_start
 from edgekit.runtime._ort_genai import BATCH, Settings
-from edgekit.runtime._ort_library import onnxruntime, open_graph, readable
 from edgekit.units import MIB
 
 PAST, PRESENT = "past_key_values.", "present."

@@ -21,10 +21,10 @@ from edgekit.classify import scores as scored
 from edgekit.embedding import Pooling, finish, pool, positions, read_pooling
 from edgekit.errors import EdgekitError, RuntimeFailed, UnsupportedModel
 from edgekit.onnx_file import OnnxFile
+from edgekit.ort_library import open_graph, readable
 from edgekit.runtime import Logits, Timings
 from edgekit.runtime._common import Spent
 from edgekit.runtime._ort_folder import Folder
-from edgekit.runtime._ort_library import open_graph, readable
 from edgekit.runtime._ort_vocabulary import Vocabulary
 
 _HIDDEN = ("last_hidden_state", "token_embeddings", "hidden_states")

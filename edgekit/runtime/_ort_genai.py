@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import EdgekitError, RuntimeFailed
+from edgekit.ort_library import PROVIDERS, SILENT, genai, readable
 from edgekit.runtime import Logits
 from edgekit.runtime._common import Spent, Tokens, same_start
 from edgekit.runtime._ort_folder import ALL_POSITIONS
-from edgekit.runtime._ort_library import PROVIDERS, SILENT, genai, readable
 from edgekit.units import MIB
 
 BATCH = 512
@@ -29,7 +29,7 @@ _LOGITS_BUDGET = 64 * MIB
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`n_ctx`: tokens the KV cache is allocated for. `providers`: names of `_ort_library.PROVIDERS`, None: those of
+    """`n_ctx`: tokens the KV cache is allocated for. `providers`: names of ort_library.PROVIDERS, None: those of
     genai_config.json. `windowed`: that file describes caches as long as a sliding window, which model.onnx has."""
 
     n_ctx: int

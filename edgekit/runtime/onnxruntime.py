@@ -17,13 +17,13 @@ from edgekit.chat import Template
 from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.host import Host, detect, usable_cores
 from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
+from edgekit.ort_library import onnxruntime, wanted
 from edgekit.runtime import Logits, Timings
 from edgekit.runtime._common import Spent, Tokens, checked, room_for
 from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_encoder import EncoderSession
 from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find
 from edgekit.runtime._ort_genai import Decoder, Settings
-from edgekit.runtime._ort_library import onnxruntime, wanted
 from edgekit.runtime._ort_vocabulary import Vocabulary
 from edgekit.runtime._sampling import Sampler, Sampling
 from edgekit.runtime._text import TextStream

@@ -8,18 +8,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from edgekit.checkpoint import Checkpoint, open_checkpoint
-from edgekit.checkpoint._files import inside
 from edgekit.errors import EdgekitError, MissingExtra, RuntimeFailed, UnsupportedModel
+from edgekit.export.onnx._child import OFFLINE, carry, failure, follow
 from edgekit.export.onnx._tokenizer import restore
 from edgekit.units import Progress, show_bytes, silent
 
@@ -54,17 +51,6 @@ LONGROPE_SWITCH = 4096
 """Where genai, while it generates, computes the whole cache again with a longrope's other factors: a fixed number."""
 LAYER_TYPES = frozenset({"attention", "conv", "full_attention", "sliding_attention"})
 OTHER_SENSES = ("audio_config", "speech_config", "vision_config", "vision_tower", "visual")
-
-CARRIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-"""Files that go beside the graph as the model has them; the builder's copies are written anew by transformers."""
 
 PACKAGES = ("onnx", "onnx-ir", BUILDER, "onnxruntime", "torch", "transformers")
 INSTALL = 'pip install "edgekit[onnx]"'
@@ -198,66 +184,38 @@ def build(root: Path, folder: Path, *, progress: Progress = silent) -> Path:
     if not (graph.is_file() and (folder / "genai_config.json").is_file()):
         raise RuntimeFailed(f"{BUILDER} ended without writing {graph}", "this is a bug; please report it")
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    for name in CARRIED:
-        if (root / name).is_file():
-            shutil.copyfile(inside(root, name), folder / name)
+    carry(root, folder)
     restore(root, folder / "tokenizer.json")
     return graph
 
 
 def _run(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     places = [str(checkpoint.root.absolute()), str(folder.absolute())]
-    command = [sys.executable, "-m", "edgekit.export.onnx._genai_child", *places]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=_environment(),
-    ) as child:
-        try:
-            said = _listen(child.stdout or (), _number(checkpoint.config, "num_hidden_layers"), progress)
-            status = child.wait()
-        finally:
-            child.kill()  # Ctrl-C; nothing if it has ended
-    if status:
-        raise _failure(checkpoint, status, said)
+    layers = _number(checkpoint.config, "num_hidden_layers")
 
-
-def _environment() -> dict[str, str]:
-    """The child finds this package, stays offline, says nothing to Microsoft, and is heard at once."""
-    package = str(Path(__file__).resolve().parents[3])
-    inherited = os.environ.get("PYTHONPATH", "")
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
-    heard = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    return os.environ | offline | heard | {"PYTHONPATH": package + (os.pathsep + inherited if inherited else "")}
-
-
-def _listen(lines: Iterable[str], layers: int, progress: Progress) -> Sequence[str]:
-    """Follow what the builder prints -> its last lines. Its progress bars come as lines too: they end in a return."""
-    last: deque[str] = deque(maxlen=12)
-    for line in lines:
+    def understood(line: str) -> bool:
+        """Progress bars come as lines too: they end in a return."""
         if layer := re.match(r"Reading layer (\d+)", line):
             progress("building the float32 graph", min(int(layer[1]) + 1, layers), layers)
         elif bar := re.match(r"Saving .*\s(\d+)/(\d+) \[", line):
             progress("writing the float32 graph", int(bar[1]), int(bar[2]))
-        elif line.strip():
-            last.append(line.rstrip())
-    return last
+        else:
+            return False
+        return True
 
-
-def _failure(checkpoint: Checkpoint, status: int, said: Sequence[str]) -> EdgekitError:
-    if status == -signal.SIGKILL:  # on Linux nearly always the kernel, out of memory
+    command = [sys.executable, "-m", "edgekit.export.onnx._genai_child", *places]
+    status, said = follow(command, _environment(), understood)
+    if status:
         needs = show_bytes(build_bytes(checkpoint.parameters, checkpoint.dtype))
-        return RuntimeFailed(
-            f"{BUILDER} was killed while building {checkpoint.name}, which needs about {needs} of memory",
-            "free some, or use a machine with more",
-        )
-    why = said[-1] if said else f"status {status}"
-    return RuntimeFailed(f"{BUILDER} could not build {checkpoint.name}: {why}", "it said:\n" + "\n".join(said))
+        raise failure(BUILDER, checkpoint.name, f"which needs about {needs} of memory", status, said)
+
+
+def _environment() -> dict[str, str]:
+    """The child finds this package, stays offline, and is heard at once."""
+    package = str(Path(__file__).resolve().parents[3])
+    inherited = os.environ.get("PYTHONPATH", "")
+    heard = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    return os.environ | OFFLINE | heard | {"PYTHONPATH": package + (os.pathsep + inherited if inherited else "")}
 
 
 BASE_BYTES = 450 << 20

@@ -28,6 +28,7 @@ from edgekit.errors import (
     UnsupportedModel,
     VerificationFailed,
 )
+from edgekit.export.onnx._child import OFFLINE
 from edgekit.units import Progress, show_bytes, silent
 
 EMBED, CLASSIFY, CLASSIFY_TOKENS = "feature-extraction", "text-classification", "token-classification"
@@ -158,7 +159,6 @@ def _run(root: Path, folder: Path, task: str, progress: Progress) -> dict[str, A
         str(folder.absolute()),
         task,
     ]
-    settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
     log = folder / "export.log"
     with log.open("wb") as errors:
         child = subprocess.Popen(
@@ -166,7 +166,7 @@ def _run(root: Path, folder: Path, task: str, progress: Progress) -> dict[str, A
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=os.environ | settings | {"TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | OFFLINE | {"TOKENIZERS_PARALLELISM": "false"},
         )
         with child:
             try:

@@ -6,8 +6,6 @@ graph, so that matrices which read the same tensor share one moment.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.artifact import readable_os_errors
-from edgekit.errors import CorruptCheckpoint, EdgekitError, MissingExtra, RuntimeFailed
+from edgekit.errors import CorruptCheckpoint, EdgekitError, RuntimeFailed
 from edgekit.export.onnx._matrices import drop_unused, find_uses
+from edgekit.export.onnx._running import empty_cache
 from edgekit.export.onnx._tensors import FLOAT, read_graph
+from edgekit.ort_library import failures, onnxruntime, options
 from edgekit.quant import nbits
 from edgekit.units import GIB, Progress, silent
 
@@ -106,23 +106,17 @@ def _groups(sizes: Mapping[str, int], tokens: int, memory: int) -> Iterator[dict
 
 def _session(graph: Path, wanted: Mapping[str, Any], threads: int) -> Any:
     """A session of the part of `graph` that leads to `wanted`, which are its outputs."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is loaded
-    try:
-        import onnxruntime
-    except ImportError as missing:
-        raise MissingExtra("onnxruntime is not installed", 'pip install "edgekit[onnx-runtime]"') from missing
     model = read_graph(graph)
     _ask_for(model, wanted)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # its warnings are about optimisations that the added outputs forbid
+    settings = options(threads)
     # without it external data would be looked for in the working directory
-    options.add_session_config_entry(
+    settings.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(graph.parent.resolve())
     )
+    library = onnxruntime()
     try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as refused:  # the classes of its errors are private
+        return library.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    except failures() as refused:
         raise RuntimeFailed(f"onnxruntime does not load {graph}: {refused}", "export the model again") from refused
 
 
@@ -141,7 +135,7 @@ def _add(session: Any, graph: Path, batch: Batch, sums: Mapping[str, Moment]) ->
     seen = _mask(batch) != 0
     try:
         outputs = session.run(list(sums), feeds)
-    except Exception as refused:  # the classes of its errors are private
+    except failures() as refused:
         raise RuntimeFailed(f"onnxruntime does not run {graph}: {refused}", "export the model again") from refused
     for name, values in zip(sums, outputs, strict=True):
         x = _kept(values, seen)
@@ -176,30 +170,9 @@ def _feeds(session: Any, graph: Path, batch: Batch) -> dict[str, npt.NDArray[Any
             kind = np.int32 if wanted.type == "tensor(int32)" else np.int64
             feeds[wanted.name] = given[wanted.name].astype(kind)
         elif wanted.name.startswith("past"):
-            feeds[wanted.name] = _empty_cache(wanted, len(mask), graph)
+            feeds[wanted.name] = empty_cache(wanted, len(mask), graph)
         else:
             raise EdgekitError(
                 f"{graph} has an input {wanted.name!r} that nobody here knows", "convert without --calibration"
             )
     return feeds
-
-
-def _empty_cache(wanted: Any, sequences: int, graph: Path) -> npt.NDArray[Any]:
-    """A cache before the first token. Its sizes are the graph's; what that leaves open, genai_config.json says."""
-    dims = []
-    for place, size in enumerate(wanted.shape):
-        if isinstance(size, int):
-            dims.append(size)
-        elif place == 0:
-            dims.append(sequences)
-        else:
-            dims.append(0 if "sequence" in str(size) else _head_size(graph))
-    return np.zeros(dims, np.float16 if wanted.type == "tensor(float16)" else np.float32)
-
-
-def _head_size(graph: Path) -> int:
-    config = graph.with_name("genai_config.json")
-    try:
-        return int(json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"])
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
-        raise EdgekitError(f"{config} does not say how wide a head is: {wrong}", "export the model again") from wrong

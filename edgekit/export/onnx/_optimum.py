@@ -13,14 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from edgekit.checkpoint._files import inside, read_json
 from edgekit.errors import EdgekitError, MissingExtra, RuntimeFailed, UnsupportedModel
+from edgekit.export.onnx._child import OFFLINE, carry, failure, follow
 from edgekit.onnx_file import OnnxFile, open_onnx
 from edgekit.units import Progress, show_bytes, silent
 
@@ -55,17 +55,6 @@ ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
 PINNED = ("optimum", "optimum-onnx", "torch", "transformers")
 """Packages whose other releases could export something else without a word."""
-
-CARRIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-"""Files that go beside the graph as the model has them."""
 
 
 def supported(config: Mapping[str, Any]) -> str | None:
@@ -199,9 +188,7 @@ def build(root: Path, folder: Path, *, progress: Progress = silent) -> Path:
     graph = folder / "model.onnx"
     if not graph.is_file():
         raise RuntimeFailed(f"optimum-onnx ended without writing {graph}", "this is a bug; please report it")
-    for name in CARRIED:
-        if (root / name).is_file():
-            shutil.copyfile(inside(root, name), folder / name)
+    carry(root, folder)
     described = json.dumps(genai_config(open_onnx(graph), config, folder), indent=4)
     (folder / "genai_config.json").write_text(described + "\n", encoding="utf-8")
     return graph
@@ -285,49 +272,19 @@ def older(config: Mapping[str, Any]) -> dict[str, Any]:
 def _environment() -> dict[str, str]:
     """The child is offline, and sees no package of this environment."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
-    return kept | offline | {"TOKENIZERS_PARALLELISM": "false"}
+    return kept | OFFLINE | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def _run(python: Path, root: Path, model: Path, folder: Path, progress: Progress) -> None:
-    command: list[str | Path] = [python, "-I", "-u", "-X", "utf8", CHILD, "build", model.absolute(), folder.absolute()]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=_environment(),
-    ) as child:
-        try:
-            said = _listen(child.stdout or (), progress)
-            status = child.wait()
-        finally:
-            child.kill()  # Ctrl-C; nothing if it has ended
-    if status:
-        raise _failure(root, status, said)
-
-
-def _listen(lines: Iterable[str], progress: Progress) -> Sequence[str]:
-    """Follow what the child prints -> its last lines."""
-    last: deque[str] = deque(maxlen=12)
-    for line in lines:
-        if step := re.match(r"edgekit: (\d)/(\d) ", line):
+    def understood(line: str) -> bool:
+        step = re.match(r"edgekit: (\d)/(\d) ", line)
+        if step:
             progress("building the float32 graph", int(step[1]) - 1, int(step[2]))
-        elif line.strip():
-            last.append(line.rstrip())
+        return step is not None
+
+    command: list[str | Path] = [python, "-I", "-u", "-X", "utf8", CHILD, "build", model.absolute(), folder.absolute()]
+    status, said = follow(command, _environment(), understood)
     progress("building the float32 graph", 1, 1)
-    return last
-
-
-def _failure(root: Path, status: int, said: Sequence[str]) -> EdgekitError:
-    if status == -9:  # SIGKILL: on Linux nearly always the kernel's out-of-memory killer
+    if status:
         weights = sum(path.stat().st_size for path in root.glob("*.safetensors"))
-        return RuntimeFailed(
-            f"optimum-onnx was killed while exporting {root.name}, whose weights have {show_bytes(weights)}",
-            "free memory or take a machine with more",
-        )
-    why = said[-1] if said else f"status {status}"
-    return RuntimeFailed(f"optimum-onnx could not export {root.name}: {why}", "it said:\n" + "\n".join(said))
+        raise failure("optimum-onnx", root.name, f"whose weights have {show_bytes(weights)}", status, said)

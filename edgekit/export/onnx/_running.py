@@ -6,19 +6,17 @@ The proof's own way of running, apart from edgekit.runtime, so that neither hide
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.errors import CorruptCheckpoint, MissingExtra, RuntimeFailed, VerificationFailed
+from edgekit.errors import CorruptCheckpoint, VerificationFailed
+from edgekit.ort_library import SILENT, genai, open_graph, readable
 
 Floats = npt.NDArray[np.float32]
-
-_FATAL = 4  # ORT_LOGGING_LEVEL_FATAL: what goes wrong is raised as well
 
 
 class Decoder:
@@ -39,8 +37,8 @@ class Decoder:
             elif value.name == "position_ids":
                 feeds[value.name] = np.arange(len(ids), dtype=np.int64)[None]
             else:
-                feeds[value.name] = self._empty(value)
-        with _readable(self.graph):
+                feeds[value.name] = empty_cache(value, 1, self.graph)
+        with readable(self.graph):
             found = self.session.run(["logits"], feeds)[0]
         if found.ndim != 3 or found.shape[1] != len(ids):
             raise VerificationFailed(
@@ -49,24 +47,24 @@ class Decoder:
             )
         return np.asarray(found[0][list(positions)], np.float32)
 
-    def _empty(self, value: Any) -> npt.NDArray[Any]:
-        """A cache with nothing in it. Its axes: a batch of one, no past, and sizes; `head_size` for one unnamed."""
-        shape = []
-        for axis in value.shape:
-            if isinstance(axis, int):
-                shape.append(axis)
-            elif "batch" in str(axis):
-                shape.append(1)
-            elif "sequence" in str(axis) or "past" in str(axis):
-                shape.append(0)
-            else:
-                shape.append(_head_size(self.graph.parent))
-        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-        if value.type not in kinds:
-            raise VerificationFailed(
-                f"{self.graph.name}: input {value.name} of {value.type} is not known", "report this"
-            )
-        return np.zeros(shape, kinds[value.type])
+
+def empty_cache(value: Any, sequences: int, graph: Path) -> npt.NDArray[Any]:
+    """A cache with nothing in it, for `value` (an input of the session of `graph`): as many sequences, no past, and
+    its sizes; genai_config.json's `head_size` for one unnamed. Raises VerificationFailed, CorruptCheckpoint."""
+    shape = []
+    for axis in value.shape:
+        if isinstance(axis, int):
+            shape.append(axis)
+        elif "batch" in str(axis):
+            shape.append(sequences)
+        elif "sequence" in str(axis) or "past" in str(axis):
+            shape.append(0)
+        else:
+            shape.append(_head_size(graph.parent))
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    if value.type not in kinds:
+        raise VerificationFailed(f"{graph.name}: input {value.name} of {value.type} is not known", "report this")
+    return np.zeros(shape, kinds[value.type])
 
 
 class Encoder:
@@ -86,7 +84,7 @@ class Encoder:
             mask[row, : len(text)] = 1
         known = {"input_ids": ids, "attention_mask": mask}
         feeds = {v.name: known.get(v.name, np.zeros_like(ids)) for v in self.session.get_inputs()}
-        with _readable(self.graph):
+        with readable(self.graph):
             found = self.session.run(self.names, feeds)
         return [
             {name: _unpadded(x[row], len(text), longest) for name, x in zip(self.names, found, strict=True)}
@@ -100,19 +98,15 @@ def _unpadded(output: npt.NDArray[Any], length: int, padded: int) -> Floats:
 
 def continue_greedily(folder: Path, ids: Sequence[int], n: int, threads: int = 1) -> tuple[list[int], Floats]:
     """(at most `n` tokens, float32 logits behind the prompt): onnxruntime-genai on the folder as it would ship."""
-    try:
-        import onnxruntime  # noqa: F401 - it holds the library that genai loads
-        import onnxruntime_genai as genai
-    except ImportError as e:
-        raise MissingExtra(f"{e.name} is not installed", 'pip install "edgekit[onnx-runtime]"') from None
-    with _readable(folder):
-        config = genai.Config(str(folder))
-        options = {"intra_op_num_threads": threads, "log_severity_level": _FATAL}
+    library = genai()
+    with readable(folder):
+        config = library.Config(str(folder))
+        options = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        model = genai.Model(config)
-        params = genai.GeneratorParams(model)
+        model = library.Model(config)
+        params = library.GeneratorParams(model)
         params.set_search_options(do_sample=False)  # the length as it ships: a windowed cache has a least one
-        generator = genai.Generator(model, params)
+        generator = library.Generator(model, params)
         generator.append_tokens(np.array([ids], np.int32))
         first = np.array(generator.get_logits(), np.float32).reshape(-1)
         tokens: list[int] = []
@@ -123,23 +117,7 @@ def continue_greedily(folder: Path, ids: Sequence[int], n: int, threads: int = 1
 
 
 def _open(graph: Path, threads: int) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtra("onnxruntime is not installed", 'pip install "edgekit[onnx-runtime]"') from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = _FATAL
-    with _readable(graph):
-        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as e:  # noqa: BLE001 - onnxruntime raises a class of its own per status code, genai RuntimeError
-        raise RuntimeFailed(f"onnxruntime refused {path}: {str(e).strip().splitlines()[0][:400]}") from None
+    return open_graph(graph, threads, ())[0]
 
 
 def _head_size(folder: Path) -> int:
