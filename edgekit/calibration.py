@@ -83,7 +83,9 @@ class Text:
 
 def read_text(path: Path, session: Session, template: chat.Template | None, *, limit: int | None = None) -> Text:
     """Text or `.jsonl` of chats, as ids. `limit` bounds the tokens. Raises EdgekitError naming the line."""
-    texts = [_render(line, where, template) for line, where in _records(path)] if _is_jsonl(path) else [_plain(path)]
+    texts = (
+        [_render(line, where, template) for line, where in _records(path)] if _is_jsonl(path) else [plain_text(path)]
+    )
     return Text(path.name, tuple(_enough(_cut(texts, session, limit), path.name)))
 
 
@@ -91,7 +93,8 @@ def _is_jsonl(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".ndjson")
 
 
-def _plain(path: Path) -> str:
+def plain_text(path: Path) -> str:
+    """What is in the file. Raises EdgekitError for one that is not UTF-8 or cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
@@ -101,7 +104,7 @@ def _plain(path: Path) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(_plain(path).splitlines(), 1):
+    for number, line in enumerate(plain_text(path).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

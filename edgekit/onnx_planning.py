@@ -416,7 +416,7 @@ def graph_bytes(shape: Shape, task: str, stored: Sequence[Stored]) -> int:
 
 
 def _forecast(stored: Sequence[Stored], shape: Shape, context: int, variant: Variant, target: Target) -> Forecast:
-    """As llama.cpp runs the format of the same bits on the CPU (measured level on x86, docs/onnx.md)."""
+    """As llama.cpp runs the format of the same bits on the CPU (measured level on x86-64, docs/benchmarks.md)."""
     cpu = next((b for b in target.backend if b.name == "cpu"), None)
     reason = no_fast_path(variant, target) or ("" if cpu else f"no figures for the CPU of {target.name}")
     if reason or cpu is None:
@@ -456,12 +456,11 @@ def _notes(variant: Variant, target: Target) -> tuple[str, ...]:
     """Where a GGUF would be faster, in words: the user asked for a format, and should know what it costs."""
     found = []
     if reason := no_fast_path(variant, target):
-        found.append(f"{reason}: a GGUF decodes several times faster there (leave out --format onnx)")
+        found.append(f"{reason}: it unpacks every weight to a float there, a GGUF does not (leave out --format onnx)")
     first = target.backend[0].name
     if first != "cpu":
         found.append(
-            f"llama.cpp runs a GGUF on the {first} backend of {target.name}; this ONNX graph runs on its CPU, "
-            "which is slower for all but small models"
+            f"llama.cpp runs a GGUF on the {first} backend of {target.name}; this ONNX graph is planned for its CPU"
         )
     return tuple(found)
 

@@ -22,7 +22,7 @@ from edgekit.quality import Columns
 from edgekit.reference import CompactReference
 from edgekit.runtime import Session
 from edgekit.runtime.opening import open_session
-from edgekit.tuning import Candidate, chance_no_better
+from edgekit.tuning import Candidate, chance_no_better, surely_better
 from edgekit.units import Progress, silent
 
 Moments = Mapping[str, npt.NDArray[np.float32]]
@@ -124,8 +124,7 @@ def choose(
         )
         columns = _judged(place, known.judge, threads, progress)
         seen.append((place, stored, columns.kl, float(columns.same.mean())))
-        better = number and columns.kl.mean() < seen[standing][2].mean()
-        if better and chance_no_better(columns.kl, seen[standing][2]) < 0.05:
+        if number and surely_better(columns.kl, seen[standing][2]):
             shutil.rmtree(seen[standing][0])
             standing = number
         elif number:

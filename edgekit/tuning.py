@@ -149,7 +149,7 @@ def choose(
     winner = "preset"
     for kind, attempt in tried.items():
         found = seen[kind] = judging.judge(kind, attempt)
-        if kind not in (winner, "random") and _surely_better(found.kl, seen[winner].kl):
+        if kind not in (winner, "random") and surely_better(found.kl, seen[winner].kl):
             seen[winner].written.path.unlink()
             winner = kind
         elif kind != "preset":
@@ -290,7 +290,8 @@ def _why(winner: str, candidates: Sequence[Candidate]) -> str:
     return f"{best.kl / stock.kl:.2f} of the KL divergence of {stock.name} with importance, at most its bytes"
 
 
-def _surely_better(candidate: Column, standing: Column) -> bool:
+def surely_better(candidate: Column, standing: Column) -> bool:
+    """Whether `candidate` has the lower mean KL divergence and the paired bootstrap is 95 % sure of it."""
     return bool(candidate.mean() < standing.mean()) and chance_no_better(candidate, standing) < 0.05
 
 

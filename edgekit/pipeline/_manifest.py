@@ -16,6 +16,7 @@ from edgekit.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgekit.export.gguf import Written
+    from edgekit.onnx_tuning import Outcome as OnnxOutcome
     from edgekit.pipeline._gguf import Conversion
     from edgekit.tuning import Outcome
     from edgekit.verification import Certificate
@@ -49,11 +50,17 @@ def learned(outcome: Outcome | None) -> dict[str, Any]:
     """What was learned and compared, for the manifest."""
     if outcome is None:
         return {}
+    changed = outcome.flips.as_json() if outcome.flips else None
+    return gate(outcome) | {"ladder": [asdict(c) for c in outcome.ladder], "flips": changed}
+
+
+def gate(outcome: Outcome | OnnxOutcome | None) -> dict[str, Any]:
+    """What the candidates were made from and judged by, and how they did."""
+    if outcome is None:
+        return {}
     return {
         "calibration": {"text": outcome.text, "tokens": outcome.tokens, "held_out": outcome.held_out},
         "candidates": [asdict(c) for c in outcome.candidates],
-        "ladder": [asdict(c) for c in outcome.ladder],
-        "flips": outcome.flips.as_json() if outcome.flips else None,
         "doubt": outcome.doubt,
     }
 

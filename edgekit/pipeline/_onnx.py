@@ -15,7 +15,7 @@ from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.host import usable_cores
 from edgekit.onnx_planning import OnnxPlan, Wish
-from edgekit.pipeline._manifest import public_ref, versions
+from edgekit.pipeline._manifest import gate, public_ref, versions
 from edgekit.pipeline._model import Options, safe_name
 from edgekit.recipe import Recipe
 from edgekit.target import Target
@@ -194,7 +194,7 @@ def _store(
             decided.shape.layers,
             None,
             threads,
-            feeds=_feeds(done, graph, wanted) if decided.variant.kind == "static" else (),
+            feeds=_feeds(done, wanted) if decided.variant.kind == "static" else (),
             kind=_activations(done.target),
             progress=progress,
         )
@@ -214,25 +214,17 @@ def _activations(target: Target) -> Literal["int8", "uint8", "uint16"]:
     return "uint16" if "QNN" in target.ort_providers else "uint8"
 
 
-def _feeds(done: OnnxConversion, graph: Path, calibration: str) -> list[Any]:
+def _feeds(done: OnnxConversion, calibration: str) -> list[Any]:
     """What fixed ranges are learned from: the lines of the user's text, else sentences of the built-in one."""
     from edgekit import corpus
+    from edgekit.calibration import plain_text
     from edgekit.export import onnx
 
     text = corpus.TEXT.replace(". ", ".\n")
     if calibration not in ("none", "self", "auto"):
-        text = _text(Path(calibration))
+        text = plain_text(Path(calibration))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return onnx.encoder_feeds(done.source.checkpoint.root, graph, lines[:512], min(512, done.plan.context))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise EdgekitError(f"{path}: byte {e.start} is not UTF-8", "save the text as UTF-8") from None
-    except OSError as e:
-        raise EdgekitError(f"cannot read {path}: {e.strerror}", "--calibration FILE, or none") from None
+    return onnx.batches_of(done.source.checkpoint.root, lines[:512], most=min(512, done.plan.context))
 
 
 def _rivals(done: OnnxConversion, options: Options) -> list[OnnxPlan]:
@@ -279,21 +271,10 @@ def _manifest(done: OnnxConversion, certificate: Certificate, recipe: Recipe, re
         "nodes": [asdict(node) for node in report.nodes],
         "left": [asdict(tensor) for tensor in report.left],
         "certificate": asdict(certificate),
-        **learned(done.outcome),
+        **gate(done.outcome),
         "warnings": list(done.warnings),
         "versions": versions(packages),
         "instruction_set": platform.machine(),
-    }
-
-
-def learned(outcome: Outcome | None) -> dict[str, Any]:
-    """What was learned and compared, for the manifest."""
-    if outcome is None:
-        return {}
-    return {
-        "calibration": {"text": outcome.text, "tokens": outcome.tokens, "held_out": outcome.held_out},
-        "candidates": [asdict(c) for c in outcome.candidates],
-        "doubt": outcome.doubt,
     }
 
 
@@ -335,6 +316,6 @@ def conversion_summary(done: OnnxConversion) -> dict[str, Any]:
         "files": done.artifact.manifest["files"] if done.artifact else None,
         "plan": summary(done.plan),
         "certificate": asdict(done.certificate) if done.certificate else None,
-        **learned(done.outcome),
+        **gate(done.outcome),
         "warnings": list(done.warnings),
     }

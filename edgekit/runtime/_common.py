@@ -5,12 +5,15 @@ Knows token ids and clocks; knows no engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from edgekit.errors import EdgekitError, RuntimeFailed
+from edgekit.runtime import Logits, Session
+from edgekit.runtime._text import TextStream
 
 Tokens = npt.NDArray[np.int32]
 
@@ -35,6 +38,58 @@ class Spent:
     def add(self, n: int, seconds: float) -> None:
         self.ms[n == 1] += 1e3 * seconds
         self.tokens[n == 1] += n
+
+
+class _Writes(Session, Protocol):
+    finish_reason: str
+
+
+class Writer:
+    """What a session that writes text makes of tokens and slabs of logits, whichever engine they come from."""
+
+    def logits(self: Session, tokens: Sequence[int]) -> Logits:
+        """`tokens` as a sequence of its own -> float32 (len(tokens), n_vocab). Raises RuntimeFailed."""
+        out = np.empty((len(tokens), self.n_vocab), np.float32)
+        for start, rows in self.logits_chunks(tokens):
+            out[start : start + len(rows)] = rows
+        return out
+
+    def stream(
+        self: _Writes,
+        tokens: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """As `generate`, as text that can be shown at once: whole characters, nothing of a stop string."""
+        ids = self.generate(
+            tokens, max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repeat_penalty=repeat_penalty, seed=seed,
+        )  # fmt: skip
+        return _shown(self, ids, TextStream(stop))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self: Session, *exc: object) -> None:
+        self.close()
+
+
+def _shown(session: _Writes, ids: Iterator[int], text: TextStream) -> Iterator[str]:
+    for token in ids:
+        if shown := text.feed(session.piece(token)):
+            yield shown
+        if text.stopped:
+            session.finish_reason = "stop"
+            return
+    if shown := text.flush():
+        yield shown
 
 
 def checked(tokens: Sequence[int], n_vocab: int, name: str) -> Tokens:

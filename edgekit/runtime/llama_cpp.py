@@ -21,7 +21,7 @@ from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.host import detect
 from edgekit.runtime import Logits, Timings
-from edgekit.runtime._common import PENALTY_WINDOW, Spent, Tokens, checked, encoded, room_for, same_start
+from edgekit.runtime._common import PENALTY_WINDOW, Spent, Tokens, Writer, checked, encoded, room_for, same_start
 from edgekit.runtime._llama_library import (
     attach_threadpool,
     build,
@@ -319,7 +319,7 @@ class Context:
         self._finalizer()
 
 
-class LlamaSession:
+class LlamaSession(Writer):
     """A `Model` with a `Context`: see `edgekit.runtime.Session`. `with` closes both."""
 
     def __init__(self, model: Model, settings: ContextSettings) -> None:
@@ -375,13 +375,6 @@ class LlamaSession:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         return self.model.piece(token, special=special)
-
-    def logits(self, tokens: Sequence[int]) -> Logits:
-        """`tokens` as a sequence of its own -> float32 (len(tokens), n_vocab). Raises RuntimeFailed."""
-        out = np.empty((len(tokens), self.n_vocab), np.float32)
-        for start, rows in self.logits_chunks(tokens):
-            out[start : start + len(rows)] = rows
-        return out
 
     def logits_chunks(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, Logits]]:
         """(position of the first row, float32 (m, n_vocab)) for every position from `first` on; m is bounded so that a
@@ -453,42 +446,6 @@ class LlamaSession:
         finally:
             self._api.llama_sampler_free(sampler)
 
-    def stream(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """As `generate`, as text that can be shown at once: whole characters, nothing of a stop string."""
-        ids = self.generate(
-            tokens,
-            max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repeat_penalty=repeat_penalty,
-            seed=seed,
-        )
-        return self._run_stream(ids, TextStream(stop))
-
-    def _run_stream(self, ids: Iterator[int], text: TextStream) -> Iterator[str]:
-        for token in ids:
-            if shown := text.feed(self.piece(token)):
-                yield shown
-            if text.stopped:
-                self.finish_reason = "stop"
-                return
-        if shown := text.flush():
-            yield shown
-
     @cached_property
     def pooling(self) -> Pooling:
         """What the files of sentence-transformers beside the GGUF say; how tokens are pooled is in the GGUF itself."""
@@ -555,12 +512,6 @@ class LlamaSession:
     def close(self) -> None:
         self.context.close()
         self.model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _admitted(self, tokens: Sequence[int]) -> Tokens:
         return room_for(self.model.checked(tokens), self.n_ctx)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from edgekit.host import Host, detect, usable_cores
 from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
 from edgekit.ort_library import onnxruntime, wanted
 from edgekit.runtime import Logits, Timings
-from edgekit.runtime._common import Spent, Tokens, checked, room_for
+from edgekit.runtime._common import Spent, Tokens, Writer, checked, room_for
 from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_encoder import EncoderSession
 from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find
@@ -34,7 +34,7 @@ DEFAULT_CONTEXT = 4096
 """Tokens of context where neither the caller nor genai_config.json chose a number."""
 
 
-class DecoderSession:
+class DecoderSession(Writer):
     """A decoder with a context of `n_ctx` tokens: see `edgekit.runtime.Session`.
 
     model.onnx generates; model_all.onnx beside it, over the same weights, gives the logits of every position. One of
@@ -104,13 +104,6 @@ class DecoderSession:
     def piece(self, token: int, *, special: bool = False) -> bytes:
         checked([token], self.n_vocab, self._name)
         return self.vocabulary.piece(token, special=special)
-
-    def logits(self, tokens: Sequence[int]) -> Logits:
-        """`tokens` as a sequence of its own -> float32 (len(tokens), n_vocab). Raises RuntimeFailed."""
-        out = np.empty((len(tokens), self.n_vocab), np.float32)
-        for start, rows in self.logits_chunks(tokens):
-            out[start : start + len(rows)] = rows
-        return out
 
     def logits_chunks(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, Logits]]:
         """(position of the first row, float32 (m, n_vocab)) for every position from `first` on; m is bounded so that a
@@ -182,36 +175,6 @@ class DecoderSession:
                 decoder.append(np.array([token], np.int32))
         self.finish_reason = "length"
 
-    def stream(
-        self,
-        tokens: Sequence[int],
-        max_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repeat_penalty: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """As `generate`, as text that can be shown at once: whole characters, nothing of a stop string."""
-        ids = self.generate(
-            tokens, max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            repeat_penalty=repeat_penalty, seed=seed,
-        )  # fmt: skip
-        return self._run_stream(ids, TextStream(stop))
-
-    def _run_stream(self, ids: Iterator[int], text: TextStream) -> Iterator[str]:
-        for token in ids:
-            if shown := text.feed(self.vocabulary.piece(token)):
-                yield shown
-            if text.stopped:
-                self.finish_reason = "stop"
-                return
-        if shown := text.flush():
-            yield shown
-
     def embed(
         self,
         texts: Sequence[str],
@@ -238,12 +201,6 @@ class DecoderSession:
         if self._decoder:
             self._decoder.close()
         self._decoder = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     @property
     def _name(self) -> str:

@@ -3,6 +3,7 @@
 from edgekit.export.onnx._engines import GRAPH, Engine, cut_positions, engine_for
 from edgekit.export.onnx._moments import observe
 from edgekit.export.onnx._quantize import Moments, Report
-from edgekit.export.onnx._storing import encoder_feeds, store
+from edgekit.export.onnx._static import batches_of
+from edgekit.export.onnx._storing import store
 
-__all__ = ["GRAPH", "Engine", "Moments", "Report", "cut_positions", "encoder_feeds", "engine_for", "observe", "store"]
+__all__ = ["GRAPH", "Engine", "Moments", "Report", "batches_of", "cut_positions", "engine_for", "observe", "store"]

@@ -93,7 +93,7 @@ def engine_for(checkpoint: Checkpoint, task: str | None = None) -> Engine:
             _older,
             _optimum.require,
             Exporter(int(OPTIMUM_BYTES * parameters)),
-            ("exported by optimum-onnx: a graph without grouped attention, slower than a GGUF of this family",),
+            ("exported by optimum-onnx: a graph without fused attention, whose cache is copied for every token",),
         )
     raise UnsupportedModel(
         f"{checkpoint.name}: {genai}; {optimum}",

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgekit.batches import open_tokenizer
 from edgekit.export.onnx import _dynamic, _static
 from edgekit.export.onnx._quantize import Moments, Report, Scheme, quantize
 from edgekit.onnx_file import open_onnx
 from edgekit.onnx_planning import Variant, is_sensitive
 from edgekit.quant.nbits import NBits
 from edgekit.units import Progress, silent
-
-_INPUTS = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
 
 
 def store(
@@ -39,13 +36,6 @@ def store(
     if variant.kind == "dynamic":
         return _dynamic.quantize(graph, out, progress=progress)
     return _static.quantize(graph, out, feeds, kind=kind, threads=threads, progress=progress)
-
-
-def encoder_feeds(root: Path, graph: Path, texts: Sequence[str], max_length: int) -> list[_static.Feeds]:
-    """`texts` as inputs of an encoder's graph, tokenised as `root` says. Raises UnsupportedVocabulary, EdgekitError."""
-    wanted = {value.name for value in open_onnx(graph).inputs}
-    batches = open_tokenizer(root, max_length=max_length).batches(texts, most=8)
-    return [{name: getattr(b, part) for name, part in _INPUTS.items() if name in wanted} for b in batches]
 
 
 def scheme_of(graph: Path, variant: Variant, layers: int) -> Scheme:
