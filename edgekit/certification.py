@@ -248,7 +248,7 @@ def _prove_onnx(
 
 def _stated_report(made: Artifact) -> Report:
     """What the quantizer did to every node, from the manifest. Raises CorruptCheckpoint."""
-    from edgekit.export.onnx._quantize import Left, Quantised, Report
+    from edgekit.export.onnx._rewriting import Left, Quantised, Report
 
     try:
         nodes = tuple(

@@ -23,7 +23,7 @@ from edgekit.vocab.files import Added, Files, added_tokens, read_files
 from edgekit.vocab.reference import Reference, TokenizerJson
 
 if TYPE_CHECKING:
-    from edgekit.export.onnx._quantize import Report
+    from edgekit.export.onnx._rewriting import Report
 
 GRAPH, ALL_POSITIONS, ENCODER = "model.onnx", "model_all.onnx", "onnx/model_quantized.onnx"
 

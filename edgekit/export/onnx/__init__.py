@@ -2,7 +2,8 @@
 
 from edgekit.export.onnx._engines import GRAPH, Engine, cut_positions, engine_for
 from edgekit.export.onnx._moments import observe
-from edgekit.export.onnx._quantize import Moments, Report
+from edgekit.export.onnx._quantize import Moments
+from edgekit.export.onnx._rewriting import Report
 from edgekit.export.onnx._static import batches_of
 from edgekit.export.onnx._storing import store
 

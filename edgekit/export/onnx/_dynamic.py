@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.artifact import readable_os_errors
-from edgekit.errors import OutputExists
-from edgekit.export.onnx._matrices import Use, attribute, drop_unused, find_uses, readers
-from edgekit.export.onnx._quantize import Left, Report
-from edgekit.export.onnx._tensors import FLOAT, DataFile, Matrix, Writing, read_graph, tensors_of
+from edgekit.export.onnx._matrices import Use, attribute, drop_unused, find_uses
+from edgekit.export.onnx._rewriting import Report, Rewriting, run
+from edgekit.export.onnx._tensors import FLOAT, DataFile, Matrix, Writing, read_graph
 from edgekit.quant import channels
 from edgekit.quant.nbits import worthwhile
 from edgekit.units import Progress, silent
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 INT8 = 3  # TensorProto.DataType
-_LARGE = 1 << 20  # float32 tensors from here on are reported
 
 
 def quantize(
@@ -42,34 +39,14 @@ def quantize(
     return run(Work(model, source, skip or (lambda _: False), progress), out)
 
 
-def run(work: Work, out: Path) -> Report:
-    """Do the work, into `out` and its data file. Raises OutputExists."""
-    data = out.with_name(out.name + ".data")
-    for path in (out, data):
-        if path.exists():
-            raise OutputExists(f"{path} exists", "write to an empty folder")
-    with readable_os_errors(out):
-        try:
-            with data.open("xb") as file:
-                work.write(file, data.name)
-            out.write_bytes(work.model.SerializeToString())
-        except BaseException:
-            data.unlink(missing_ok=True)
-            out.unlink(missing_ok=True)
-            raise
-    return Report(out, data, (), tuple(work.left), data.stat().st_size, out.stat().st_size)
-
-
-class Work:
+class Work(Rewriting):
     """One run: writes the integers in the order of the graph, puts new nodes in place of the old ones."""
 
     def __init__(self, model: ModelProto, source: Path, skip: Callable[[str], bool], progress: Progress) -> None:
-        self.model, self.source, self.skip, self.progress = model, source, skip, progress
-        self.reasons: dict[str, str] = {}
-        self.left: list[Left] = []
+        super().__init__(model, source, progress)
+        self.skip = skip
         self.stored: dict[tuple[str, bool], tuple[str, str]] = {}
         self.rounded: dict[str, tuple[str, str, str]] = {}
-        self.made: set[str] = set()
 
     def write(self, file: BinaryIO, location: str) -> None:
         graph = self.model.graph
@@ -90,7 +67,7 @@ class Work:
         del graph.node[:]
         graph.node.extend(kept)
         drop_unused(graph)
-        self._copy_rest(out)
+        self.copy_rest(out)
 
     def _wants(self, use: Use) -> bool:
         if self.skip(use.node.name):
@@ -158,15 +135,6 @@ class Work:
             self.made.update(names)
             self.stored[key] = names
         return self.stored[key]
-
-    def _copy_rest(self, out: DataFile) -> None:
-        for tensor in tensors_of(self.model.graph):
-            if tensor.name in self.made:
-                continue
-            size = out.take(tensor, self.source.parent)
-            if size > _LARGE and tensor.data_type == FLOAT:
-                reason = f"read by {readers(self.model.graph, tensor.name)}, which has no quantised form"
-                self.left.append(Left(tensor.name, size, self.reasons.get(tensor.name, reason)))
 
 
 def _small_tables(graph: GraphProto, folder: Path) -> list[Use]:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.artifact import readable_os_errors
-from edgekit.errors import OutputExists
-from edgekit.export.onnx._matrices import Use, drop_unused, find_uses, readers
-from edgekit.export.onnx._tensors import FLOAT, DataFile, read_graph, tensors_of
+from edgekit.export.onnx._matrices import Use, drop_unused, find_uses
+from edgekit.export.onnx._rewriting import Quantised, Report, Rewriting, run
+from edgekit.export.onnx._tensors import DataFile, read_graph
 from edgekit.quant import gptq, nbits
 from edgekit.quant.nbits import NBits
 from edgekit.units import Progress, silent
@@ -30,7 +29,6 @@ Moments = Mapping[str, npt.NDArray[np.float32]]
 
 _SLAB = 4 << 20  # weights in memory at a time
 _ROWS = 512  # a slab is a multiple of what error feedback takes at once
-_LARGE = 1 << 20  # float32 tensors from here on are reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +41,6 @@ class Scheme:
     head: NBits
     embedding: NBits | None
     overrides: Mapping[str, NBits | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Quantised:
-    """A node that reads quantised weights. `shape`: (outputs, inputs) or (entries, width); `error`: |w - q| / |w|;
-    `shares`: the node whose bytes it reads too."""
-
-    node: str
-    op: str
-    shape: tuple[int, int]
-    fmt: NBits
-    error: float
-    shares: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A float32 tensor above 1 MiB that was not quantised."""
-
-    name: str
-    nbytes: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """`data_bytes`: size of the data file; `graph_bytes`: of the graph beside it."""
-
-    graph: Path
-    data: Path
-    nodes: tuple[Quantised, ...]
-    left: tuple[Left, ...]
-    data_bytes: int
-    graph_bytes: int
 
 
 def quantize(
@@ -96,22 +60,7 @@ def quantize(
     Raises OutputExists where a file is there already, CorruptCheckpoint for a source that contradicts itself,
     MissingExtra without the onnx package. Leaves nothing behind when it fails.
     """
-    model = read_graph(source)
-    data = out.with_name(out.name + ".data")
-    for path in (out, data):
-        if path.exists():
-            raise OutputExists(f"{path} exists", "write to an empty folder")
-    work = _Work(model, source, scheme, moments or {}, search, threads, progress)
-    with readable_os_errors(out):
-        try:
-            with data.open("xb") as file:
-                work.write(file, data.name)
-            out.write_bytes(model.SerializeToString())
-        except BaseException:
-            data.unlink(missing_ok=True)
-            out.unlink(missing_ok=True)
-            raise
-    return Report(out, data, tuple(work.nodes), tuple(work.left), data.stat().st_size, out.stat().st_size)
+    return run(_Work(read_graph(source), source, scheme, moments or {}, search, threads, progress), out)
 
 
 @dataclass(slots=True)
@@ -129,7 +78,7 @@ class _Stored:
         return [self.scales, *([self.zero_points] if self.zero_points else [])]
 
 
-class _Work:
+class _Work(Rewriting):
     """One run: finds the uses, writes the data in the order of the graph, rewrites the nodes."""
 
     def __init__(
@@ -142,13 +91,9 @@ class _Work:
         threads: int,
         progress: Progress,
     ) -> None:
-        self.model, self.source, self.scheme = model, source, scheme
-        self.moments, self.search, self.threads, self.progress = moments, search, threads, progress
-        self.nodes: list[Quantised] = []
-        self.left: list[Left] = []
+        super().__init__(model, source, progress)
+        self.scheme, self.moments, self.search, self.threads = scheme, moments, search, threads
         self.done = self.total = 0
-        self.reasons: dict[str, str] = {}
-        self.made: set[str] = set()
         self.curvature: tuple[str, gptq.Curvature] | None = None
 
     def write(self, file: BinaryIO, location: str) -> None:
@@ -163,7 +108,7 @@ class _Work:
                 stored[use.key] = self._store(use, fmt, out)
             self._rewrite(use, stored[use.key])
         drop_unused(graph)
-        self._copy_rest(out)
+        self.copy_rest(out)
         _forget_exporter(self.model)
         _declare_domain(self.model)
 
@@ -302,16 +247,6 @@ class _Work:
             quantize_axis=1,
         )
         node.CopyFrom(new)
-
-    def _copy_rest(self, out: DataFile) -> None:
-        """Move every tensor that was not quantised into the data file, small ones into the graph."""
-        for tensor in tensors_of(self.model.graph):
-            if tensor.name in self.made:
-                continue
-            size = out.take(tensor, self.source.parent)
-            if size > _LARGE and tensor.data_type == FLOAT:
-                reason = f"read by {readers(self.model.graph, tensor.name)}, which has no quantised form"
-                self.left.append(Left(tensor.name, size, self.reasons.get(tensor.name, reason)))
 
 
 def _twin(table: Use, found: list[tuple[Use, NBits]]) -> tuple[Use, NBits] | None:

@@ -18,9 +18,9 @@ from edgekit.batches import open_tokenizer
 from edgekit.checkpoint._files import read_json
 from edgekit.embedding import positions
 from edgekit.errors import EdgekitError
-from edgekit.export.onnx._dynamic import Work, run
+from edgekit.export.onnx._dynamic import Work
 from edgekit.export.onnx._moments import _session, _sizes
-from edgekit.export.onnx._quantize import Report
+from edgekit.export.onnx._rewriting import Report, run
 from edgekit.export.onnx._tensors import DataFile, Matrix, read_graph
 from edgekit.units import Progress, silent
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgekit.export.onnx import _dynamic, _static
-from edgekit.export.onnx._quantize import Moments, Report, Scheme, quantize
+from edgekit.export.onnx._quantize import Moments, Scheme, quantize
+from edgekit.export.onnx._rewriting import Report
 from edgekit.onnx_file import open_onnx
 from edgekit.onnx_planning import Variant, is_sensitive
 from edgekit.quant.nbits import NBits
