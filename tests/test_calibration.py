@@ -203,3 +203,18 @@ def test_high_effort_tries_folded_scales_and_short_contexts_are_read_in_short_te
     kl = {c.kind: c.kl for c in done.outcome.candidates}
     assert set(kl) == {"preset", "feedback", "mix", "folded", "random"}
     assert kl["folded"] < kl["preset"], "folding changes no output, so its KL is that of rounding alone"
+
+
+def test_what_is_not_asked_for_depends_on_the_time_but_a_size_does_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only with importance may a plan take the smallest presets: that shows whether there will be any."""
+    monkeypatch.setattr(effort, "worth_it", lambda *_: "it would take about a day here: --calibration self does it")
+    slow = pipeline.convert(str(model), "rpi5", Options(out=tmp_path / "a", quant="Q4_K_M"), dry_run=True)
+    assert any("about a day" in note for note in slow.warnings)
+    plain = pipeline.plan(str(model), "rpi5", Options(quant="Q2_K"))
+    small = Options(out=tmp_path / "b", target_size=plain.file_bytes - 1)
+    sized = pipeline.convert(str(model), "rpi5", small, dry_run=True)
+    assert isinstance(sized, pipeline.Conversion)
+    assert sized.plan.preset.needs_importance
+    assert not any("about a day" in note for note in sized.warnings)

@@ -128,7 +128,7 @@ class _Job:
 def _calibration(source: Source, device: Target, recipe: Recipe, options: Options) -> tuple[str, tuple[str, ...]]:
     """(what is read to learn from, why nothing is if that was not the user's choice)."""
     wanted = options.calibration or recipe.export.calibration
-    if wanted == "none" and options.calibration is None and size_budget(source, options):
+    if wanted in ("none", "auto") and options.calibration is None and size_budget(source, options):
         return "self", ()  # a size is best met by measuring what its bytes are worth
     if wanted != "auto":
         return wanted, ()
