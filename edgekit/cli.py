@@ -190,12 +190,15 @@ def plan(
         task=task,
     )
     device = Target.load(target)
+    source: pipeline.Source | pipeline.OnnxSource
     with console.progress_bars(quiet=json_) as progress:
         if pipeline.export_format(model, device, options, progress=progress) == "onnx":
-            onnx_source = pipeline.open_onnx(model, options, progress=progress)
-            _plan_onnx(onnx_source, device, options, model, all_targets=all_targets, tensors=tensors, json_=json_)
-            return
-        source = pipeline.open_source(model, progress=progress)
+            source = pipeline.open_onnx(model, options, progress=progress)
+        else:
+            source = pipeline.open_source(model, progress=progress)
+    if isinstance(source, pipeline.OnnxSource):
+        _plan_onnx(source, device, options, model, all_targets=all_targets, tensors=tensors, json_=json_)
+        return
     if all_targets:
         _show_plans(pipeline.plan_all(source, options), source.checkpoint.name, json_=json_)
         return
