@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit import corpus
+from edgekit.batches import open_tokenizer
 from edgekit.errors import EdgekitError, MissingExtra, UnsupportedVocabulary
 from edgekit.vocab import read_vocabulary
 
@@ -171,18 +172,7 @@ def encode(root: Path, text: str, max_length: int | None = None) -> list[int]:
     """Ids of `text` by the model's own tokenizer, special tokens around; at most `max_length`, those still around."""
     if not (root / "tokenizer.json").is_file():
         return read_vocabulary(root, text_config(root)).reference().encode(text, add_special=True)[:max_length]
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
-    except Exception as e:  # noqa: BLE001 - the Rust library raises plain Exception for everything it cannot read
-        why = f"{root / 'tokenizer.json'}: the tokenizers library does not read it ({e})"
-        raise UnsupportedVocabulary(why) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if max_length is not None:
-        tokenizer.enable_truncation(max_length)
-    return list(tokenizer.encode(text).ids)
+    return list(open_tokenizer(root, max_length=max_length).encode([text])[0].ids)
 
 
 # --- the asking ------------------------------------------------------------------------------------------------------

@@ -32,13 +32,14 @@ def read_graph(path: Path) -> ModelProto:
     """The model in `path` without its external data. Raises MissingExtra, CorruptCheckpoint."""
     try:
         import onnx
+        from google.protobuf.message import DecodeError
     except ImportError as missing:
         raise MissingExtra("the onnx package is not installed", 'pip install "edgekit[onnx]"') from missing
     try:
         model = onnx.load(str(path), load_external_data=False)
     except FileNotFoundError as missing:
         raise CorruptCheckpoint(f"{path} does not exist", "export the model again") from missing
-    except Exception as broken:  # protobuf's own errors: no common class of ours, no stubs
+    except (DecodeError, OSError, ValueError) as broken:
         raise CorruptCheckpoint(f"{path} is no ONNX graph: {broken}", "export the model again") from broken
     return model
 
