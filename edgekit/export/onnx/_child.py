@@ -65,11 +65,12 @@ def follow(
     return status, last
 
 
-def failure(who: str, name: str, size: str, status: int, said: Sequence[str]) -> RuntimeFailed:
-    """The error for an exporter `who` that ended with `status` on the model `name`, `size` saying how large that is."""
+def failure(who: str, verb: str, name: str, size: str, status: int, said: Sequence[str]) -> RuntimeFailed:
+    """The error for `who`, which was to `verb` (build, export) the model `name` and ended with `status`; `size` says how
+    large that model is."""
     if status == -signal.SIGKILL:  # on Linux nearly always the kernel, out of memory
         return RuntimeFailed(
-            f"{who} was killed while exporting {name}, {size}", "free some memory, or use a machine with more"
+            f"{who} was killed while {verb}ing {name}, {size}", "free some memory, or use a machine with more"
         )
     why = said[-1] if said else f"status {status}"
-    return RuntimeFailed(f"{who} could not export {name}: {why}", "it said:\n" + "\n".join(said))
+    return RuntimeFailed(f"{who} could not {verb} {name}: {why}", "it said:\n" + "\n".join(said))

@@ -207,7 +207,7 @@ def _run(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
     status, said = follow(command, _environment(), understood)
     if status:
         needs = show_bytes(build_bytes(checkpoint.parameters, checkpoint.dtype))
-        raise failure(BUILDER, checkpoint.name, f"which needs about {needs} of memory", status, said)
+        raise failure(BUILDER, "build", checkpoint.name, f"which needs about {needs} of memory", status, said)
 
 
 def _environment() -> dict[str, str]:

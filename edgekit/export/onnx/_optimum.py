@@ -287,4 +287,4 @@ def _run(python: Path, root: Path, model: Path, folder: Path, progress: Progress
     progress("building the float32 graph", 1, 1)
     if status:
         weights = sum(path.stat().st_size for path in root.glob("*.safetensors"))
-        raise failure("optimum-onnx", root.name, f"whose weights have {show_bytes(weights)}", status, said)
+        raise failure("optimum-onnx", "export", root.name, f"whose weights have {show_bytes(weights)}", status, said)
