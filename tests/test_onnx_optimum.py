@@ -16,8 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgekit import evaluation, onnx_planning
+from edgekit.checkpoint import open_checkpoint
 from edgekit.errors import CorruptCheckpoint, EdgekitError, MissingExtra, RuntimeFailed, UnsupportedModel
+from edgekit.export import onnx
 from edgekit.export.onnx import _optimum as optimum
+from edgekit.target import Target
 from tests import pico
 
 GPT2 = {"model_type": "gpt2", "n_embd": 128, "n_layer": 2, "n_head": 4}
@@ -234,6 +238,21 @@ def test_the_graph_is_quantised_and_ships(built: Built, tokens: list[int], famil
         assert 0 < relative(rows, exact) < 0.06
         answer = list(shipped.generate(tokens[:30], 12))
     assert answer == greedy(folder, tokens[:30], 12)
+    assert not evaluation.candidate_of(folder / "model_all.onnx").encoder, "without a genai_config.json too"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_planned_bytes_are_written_bytes(built: Built, family: str, tmp_path: Path) -> None:
+    model, folder = built(family)
+    checkpoint = open_checkpoint(model)
+    engine = onnx.engine_for(checkpoint)
+    for quant in ("int8", "int4"):
+        plan = onnx_planning.plan(
+            checkpoint, engine.task, Target.load("rpi5"), onnx_planning.Wish(quant), engine.exporter
+        )
+        report = onnx.store(folder / onnx.GRAPH, tmp_path / quant, plan.variant, plan.shape.layers)
+        assert report.data_bytes == plan.data_bytes
+        assert 0.6 < 2 * report.graph_bytes / plan.graph_bytes < 1.7
 
 
 def tied(folder: Path) -> bool:

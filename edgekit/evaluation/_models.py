@@ -74,14 +74,15 @@ def look(path: Path, name: str | None = None, plan: Plan | None = None, precisio
 
 
 def _look_onnx(path: Path, name: str | None) -> Model:
-    from edgekit.runtime._ort_folder import decoder_facts, find
+    from edgekit.runtime._ort_cache import takes_cache
+    from edgekit.runtime._ort_folder import cached_facts, decoder_facts, find
 
     graph = open_onnx(path)
     nbytes = path.stat().st_size + sum(file.stat().st_size for file in graph.external_files().values())
     folder = find(path)
-    if folder.genai is None:
+    if folder.genai is None and not takes_cache(graph):
         return Model(name or folder.root.name, path, True, nbytes)
-    facts = decoder_facts(folder)
+    facts = cached_facts(folder, graph) if folder.genai is None else decoder_facts(folder)
     return Model(name or folder.root.name, path, False, nbytes, facts.context, facts.n_vocab)
 
 

@@ -66,8 +66,8 @@ def follow(
 
 
 def failure(who: str, verb: str, name: str, size: str, status: int, said: Sequence[str]) -> RuntimeFailed:
-    """The error for `who`, which was to `verb` (build, export) the model `name` and ended with `status`; `size` says how
-    large that model is."""
+    """The error for `who`, which was to `verb` (build, export) the model `name` and ended with `status`; `size` says
+    how large that model is."""
     if status == -signal.SIGKILL:  # on Linux nearly always the kernel, out of memory
         return RuntimeFailed(
             f"{who} was killed while {verb}ing {name}, {size}", "free some memory, or use a machine with more"

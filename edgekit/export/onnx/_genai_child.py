@@ -20,6 +20,9 @@ OPTIONS = ("windowed_kv_cache=false", "hf_token=false", "hf_remote=false")
 # Families whose transformers code slides every layer's window and whose config has no list of layer types.
 SLIDE_EVERY_LAYER = frozenset({"mistral", "phi3"})
 
+# Names of the nodes that compute rotary tables begin with ROTARY; COUNT ends that of the constant with their rows.
+ROTARY, COUNT = "/rotary", "positions_count"
+
 # transformers' OlmoLayerNorm has this constant; its config has no setting for it.
 OLMO_EPSILON = 1e-5
 
@@ -123,17 +126,57 @@ def _neutral_rope(config: Any) -> None:
 
 
 def _exact_tables(source: Any) -> None:
-    """Have the builder write rotary tables from the frequencies that transformers computes for `source`."""
-    import torch
+    """Have the builder rotate by the frequencies that transformers computes for `source`: one row of them in the graph
+    and the nodes that make the tables of it, which onnxruntime computes once, when it loads the graph. Two tables in
+    the branches of an If stay tables."""
+    base = import_module("builders.base").Model
+    in_branches = base.make_rotary_embedding_caches
 
     def tables(model: Any) -> tuple[Any, Any]:
         """(cos, sin), float32 (positions, rotated dimensions / 2)."""
+        import torch
+
         frequencies, scale = _frequencies(model, source)
         positions = torch.arange(model.rope_attrs["cache_length"]).float()
         angles = torch.outer(positions, frequencies.float())
         return angles.cos() * scale, angles.sin() * scale
 
-    import_module("builders.base").Model.make_rotary_embedding_caches_from_scratch = tables
+    def computed(model: Any, **names: str) -> Any:
+        rope = model.rope_attrs
+        if not rope["save_caches"]:
+            return in_branches(model, **names)
+        cos, sin = names.get("cos_cache_name", "cos_cache"), names.get("sin_cache_name", "sin_cache")
+        if rope["create_caches"]:
+            rope["create_caches"] = False
+            _compute_tables(model, cos, sin, *_frequencies(model, source))
+        return cos, sin
+
+    base.make_rotary_embedding_caches_from_scratch = tables
+    base.make_rotary_embedding_caches = computed
+
+
+def _compute_tables(model: Any, cos: str, sin: str, frequencies: Any, scale: float) -> None:
+    """Nodes that give `cos` and `sin`, float32 (positions, rotated dimensions / 2), from `frequencies`."""
+    ir = import_module("onnx_ir")
+    types = ir.DataType
+    at, wide = ROTARY + cos.removeprefix("cos_cache"), ["positions", frequencies.numel()]
+    model.make_initializer(frequencies.float().reshape(1, -1), f"{at}/inv_freq")
+    # constants of nodes lie in the graph itself, not in the data file
+    for name, value, dtype in ((COUNT, model.rope_attrs["cache_length"], types.INT64), ("scale", scale, types.FLOAT)):
+        constant = ir.tensor(value, dtype=dtype, name=f"{at}/{name}")
+        model.make_node("Constant", inputs=[], outputs=[f"{at}/{name}"], name=f"{at}/{name}/Constant", value=constant)
+        model.make_value(f"{at}/{name}", dtype, shape=[])
+    zero, one, axis = (f"/model/constants/INT64/{value}" for value in ("0", "1", "[1]"))
+    model.make_range(f"{at}/Range", [zero, f"{at}/{COUNT}", one], types.INT64, wide[:1])
+    model.make_cast(f"{at}/Cast", f"{at}/Range/output_0", types.FLOAT, wide[:1])
+    model.make_unsqueeze(f"{at}/Unsqueeze", [f"{at}/Cast/output_0", axis], types.FLOAT, ["positions", 1])
+    model.make_mul(f"{at}/Mul", [f"{at}/Unsqueeze/output_0", f"{at}/inv_freq"], types.FLOAT, wide)
+    for op, table in (("Cos", cos), ("Sin", sin)):
+        model.make_node(op, inputs=[f"{at}/Mul/output_0"], outputs=[f"{at}/{op}/output_0"], name=f"{at}/{op}")
+        model.make_value(f"{at}/{op}/output_0", types.FLOAT, shape=wide)
+        scaled = [f"{at}/{op}/output_0", f"{at}/scale"]
+        model.make_node("Mul", inputs=scaled, outputs=[table], name=f"{at}/{op}/Mul")
+        model.make_value(table, types.FLOAT, shape=wide)
 
 
 def _frequencies(model: Any, source: Any) -> tuple[Any, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekit.errors import CorruptCheckpoint, EdgekitError
+from edgekit.export.onnx._genai_child import COUNT, ROTARY
 from edgekit.export.onnx._tensors import read_graph
 
 if TYPE_CHECKING:
@@ -48,13 +49,16 @@ def ship(folder: Path, *, context: int, threads: int | None = None) -> None:
 
 
 def shorten_rope(path: Path, context: int) -> int:
-    """Cut the rotary tables of the graph at `path` to `context` positions, in place -> bytes cut.
+    """Cut the rotary tables of the graph at `path` to `context` positions, in place -> positions cut.
 
     A row depends on its position alone, so the rows kept stay what they were; scaling by the full context included.
-    Rows in the external data file become dead bytes there, which the quantizer does not copy.
+    Tables are computed when the graph is loaded, or stored: rows in the external data file become dead bytes there,
+    which the quantizer does not copy.
     """
     model = read_graph(path)
-    cut = sum(_cut(table, context) for table in _tables(model.graph))
+    fewer = [_count_less(tensor, context) for tensor in _counts(model.graph)]
+    fewer += [_cut(table, context) for table in _tables(model.graph)]
+    cut = max(fewer, default=0)
     for value in model.graph.value_info:
         if value.name.startswith(TABLES):
             value.type.tensor_type.shape.dim[0].Clear()
@@ -148,8 +152,15 @@ def _require_unpruned(path: Path, graph: GraphProto) -> None:
         raise EdgekitError(f"{path} gives logits of the last position only: it is in its shipping form already")
 
 
+def _counts(graph: GraphProto) -> Iterator[TensorProto]:
+    """How many rows computed rotary tables have, int64 scalars."""
+    for node in graph.node:
+        if node.op_type == "Constant" and node.output[0].startswith(ROTARY) and node.output[0].endswith(f"/{COUNT}"):
+            yield node.attribute[0].t
+
+
 def _tables(graph: GraphProto) -> Iterator[TensorProto]:
-    """Rotary tables, float32 (positions, rotated dimensions / 2); long and short ones lie in the branches of an If."""
+    """Stored rotary tables, float32 (positions, rotated dimensions / 2): initializers, or in the branches of an If."""
     for tensor in graph.initializer:
         if tensor.name.startswith(TABLES):
             yield tensor
@@ -161,21 +172,32 @@ def _tables(graph: GraphProto) -> Iterator[TensorProto]:
                         yield constant.attribute[0].t
 
 
+def _count_less(count: TensorProto, rows: int) -> int:
+    """Let a table be computed with fewer rows -> rows fewer."""
+    from onnx import numpy_helper
+
+    extra = int(numpy_helper.to_array(count)) - rows
+    if extra <= 0:
+        return 0
+    count.CopyFrom(numpy_helper.from_array(_int64(rows), count.name))
+    return extra
+
+
 def _cut(table: TensorProto, rows: int) -> int:
-    """Drop rows from the end of a matrix -> bytes dropped."""
+    """Drop rows from the end of a matrix -> rows dropped."""
     from onnx import TensorProto
 
     extra = table.dims[0] - rows
     if extra <= 0:
         return 0
-    row_bytes = 4 * table.dims[1]
+    kept = rows * 4 * table.dims[1]
     table.dims[0] = rows
     if table.data_location == TensorProto.EXTERNAL:
         length = next(entry for entry in table.external_data if entry.key == "length")
-        length.value = str(rows * row_bytes)
+        length.value = str(kept)
     else:
-        table.raw_data = table.raw_data[: rows * row_bytes]
-    return int(extra * row_bytes)
+        table.raw_data = table.raw_data[:kept]
+    return int(extra)
 
 
 # --- genai_config.json ---------------------------------------------------------------------------------------------
