@@ -43,7 +43,8 @@ _PRETRAINING = re.compile(r"(^|\.)(pooler|cls|lm_head|mlm|vocab_\w+|discriminato
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to store the weights. `mixed`: of 4-bit matrices the sensitive ones are stored as the head is."""
+    """One way to store the weights. `mixed`: of 4-bit matrices the sensitive ones are stored as the head is; `largest`:
+    of the integers that dynamic and static forms multiply."""
 
     name: str
     kind: Kind
@@ -52,6 +53,7 @@ class Variant:
     head: NBits
     embedding: NBits | None
     mixed: bool = False
+    largest: int = channels.LARGEST
 
 
 def _decoder(name: str, title: str, linear: NBits, *, mixed: bool = False) -> Variant:
@@ -345,6 +347,8 @@ def _context(asked: int | None, shape: Shape, target: Target) -> int:
 def _one(
     checkpoint: Checkpoint, task: str, variant: Variant, shape: Shape, context: int, target: Target, exporter: Exporter
 ) -> OnnxPlan:
+    if variant.kind != "nbits" and saturates(target):
+        variant = replace(variant, largest=channels.NARROW)
     stored = stored_weights(checkpoint, variant, shape, fused=exporter.fused)
     tables = 0
     if exporter.fused:
@@ -463,9 +467,20 @@ def no_fast_path(variant: Variant, target: Target) -> str:
     return ""
 
 
+def saturates(target: Target) -> bool:
+    """Whether onnxruntime adds products of 8-bit integers in 16 bits on the target's CPU: x86 without VNNI.
+    Two large products overflow there, and what is computed is less than the sum."""
+    has = target.isa.has if target.isa else ()
+    return target.family == "x86" and not any("vnni" in name for name in has)
+
+
 def _notes(variant: Variant, target: Target) -> tuple[str, ...]:
-    """Where a GGUF would be faster, in words: the user asked for a format, and should know what it costs."""
+    """What this CPU makes of it, and where a GGUF would be faster: the user should know what a format costs."""
     found = []
+    if variant.largest < channels.LARGEST:
+        found.append(
+            f"weights use 7 of their 8 bits: without VNNI the CPU of {target.name} cuts off sums of larger products"
+        )
     if reason := no_fast_path(variant, target):
         found.append(f"{reason}: it unpacks every weight to a float there, a GGUF does not (leave out --format onnx)")
     first = target.backend[0].name

@@ -16,11 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from edgekit import onnx_planning
+from edgekit.checkpoint import open_checkpoint
 from edgekit.errors import EdgekitError, OutputExists, UnsupportedModel
+from edgekit.export import onnx
 from edgekit.export.onnx import _dynamic, _encoder, _static
 from edgekit.export.onnx._quantize import Scheme, quantize
+from edgekit.onnx_file import open_onnx
 from edgekit.quant import channels
 from edgekit.quant.nbits import NBits
+from edgekit.target import Target
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 for package in ("onnx", "onnxruntime", "onnxscript", "optimum", "torch", "transformers"):
@@ -295,6 +300,22 @@ def test_channels_round_to_the_nearest() -> None:
     assert (np.abs(channels.decode(packed) - rows) <= 0.5001 * packed.scales[:, None]).all()
     assert packed.values.dtype == np.int8 and packed.values.min() == -127 == -packed.values.max()
     assert channels.sizes(50, 300) == (packed.values.nbytes, packed.scales.nbytes)
+
+
+@pytest.mark.parametrize(("target", "largest"), [("x86-laptop", 63), ("n100", 127), ("rpi5", 127)])
+def test_sums_do_not_overflow_where_they_have_16_bits(
+    source: Path, exported: Path, tmp_path: Path, target: str, largest: int
+) -> None:
+    checkpoint = open_checkpoint(source)
+    engine = onnx.engine_for(checkpoint)
+    wish = onnx_planning.Wish("int8-dynamic")
+    plan = onnx_planning.plan(checkpoint, engine.task, Target.load(target), wish, engine.exporter)
+    assert any("7 of their 8 bits" in note for note in plan.notes) is (largest == 63)
+    graph = open_onnx(onnx.store(exported, tmp_path / "model.onnx", plan.variant, plan.shape.layers).graph)
+    multiplied = {node.inputs[1] for node in graph.nodes if node.op == "MatMulInteger"}
+    values = {t.name: graph.values(t) for t in graph.tensors if t.dtype == "int8"}
+    assert multiplied and max(abs(values[name]).max() for name in multiplied) == largest
+    assert all(abs(values[name]).max() == 127 for name in values.keys() - multiplied), "tables are only looked up"
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from edgekit.runtime._llama_library import (
 )
 from edgekit.runtime._sampling import Sampling as Draws
 from edgekit.runtime._text import TextStream
-from edgekit.units import MIB
+from edgekit.units import MIB, show_count
 
 Flash = Literal["auto", "on", "off"]
 
@@ -75,8 +75,10 @@ class Model:
 
     @cached_property
     def description(self) -> str:
-        """Family, size and type as the engine names them, e.g. `llama 1B Q4_K - Medium`."""
-        return _read_string(lambda buffer, size: self._api.llama_model_desc(self.handle, buffer, size)) or ""
+        """Family, size and type as the engine names them, e.g. `llama 1B Q4_K - Medium`; a size that it has no name for
+        is counted."""
+        named = _read_string(lambda buffer, size: self._api.llama_model_desc(self.handle, buffer, size)) or ""
+        return named.replace("?B", show_count(self.parameters).replace(" ", ""))
 
     @cached_property
     def nbytes(self) -> int:

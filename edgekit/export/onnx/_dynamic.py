@@ -27,24 +27,32 @@ INT8 = 3  # TensorProto.DataType
 
 
 def quantize(
-    source: Path, out: Path, *, skip: Callable[[str], bool] | None = None, progress: Progress = silent
+    source: Path,
+    out: Path,
+    *,
+    largest: int = channels.LARGEST,
+    skip: Callable[[str], bool] | None = None,
+    progress: Progress = silent,
 ) -> Report:
-    """Float32 graph `source` -> `out` and, beside it, `<name of out>.data`. `skip`: names of nodes that stay float32.
+    """Float32 graph `source` -> `out` and, beside it, `<name of out>.data`. `largest`: of the integers that are
+    multiplied; `skip`: names of nodes that stay float32.
 
     Operators of ONNX itself (DynamicQuantizeLinear, MatMulInteger, opset 10), so that any runtime reads it. The
     rounding of activations is per tensor: padding and other texts of a batch change a result a little.
     Raises OutputExists, CorruptCheckpoint, MissingExtra. Leaves nothing behind when it fails.
     """
     model = read_graph(source)
-    return run(Work(model, source, skip or (lambda _: False), progress), out)
+    return run(Work(model, source, largest, skip or (lambda _: False), progress), out)
 
 
 class Work(Rewriting):
     """One run: writes the integers in the order of the graph, puts new nodes in place of the old ones."""
 
-    def __init__(self, model: ModelProto, source: Path, skip: Callable[[str], bool], progress: Progress) -> None:
+    def __init__(
+        self, model: ModelProto, source: Path, largest: int, skip: Callable[[str], bool], progress: Progress
+    ) -> None:
         super().__init__(model, source, progress)
-        self.skip = skip
+        self.largest, self.skip = largest, skip
         self.stored: dict[tuple[str, bool], tuple[str, str]] = {}
         self.rounded: dict[str, tuple[str, str, str]] = {}
 
@@ -126,7 +134,7 @@ class Work(Rewriting):
         """(name of the integers, of the scales). Columns of a MatMul's weight are `rows` of `matrix`."""
         key = (matrix.name, matrix.transposed)
         if key not in self.stored:
-            packed = channels.encode(matrix.read(0, matrix.rows))
+            packed = channels.encode(matrix.read(0, matrix.rows), self.largest if transposed else channels.LARGEST)
             names = f"{matrix.name}_int8", f"{matrix.name}_scales"
             values, scales = packed.values, packed.scales
             values, scales = (values.T, scales) if transposed else (values, scales[:, None])

@@ -22,6 +22,7 @@ from edgekit.export.onnx._dynamic import Work
 from edgekit.export.onnx._moments import _session, _sizes
 from edgekit.export.onnx._rewriting import Report, run
 from edgekit.export.onnx._tensors import DataFile, Matrix, read_graph
+from edgekit.quant import channels
 from edgekit.units import Progress, silent
 
 if TYPE_CHECKING:
@@ -53,16 +54,18 @@ def quantize(
     batches: Sequence[Feeds],
     *,
     kind: Kind = "uint8",
+    largest: int = channels.LARGEST,
     skip: Callable[[str], bool] | None = None,
     threads: int = 1,
     progress: Progress = silent,
 ) -> Report:
-    """Float32 graph `source` -> `out` and `<name of out>.data`, ranges from `batches` of the graph's own inputs.
+    """Float32 graph `source` -> `out` and `<name of out>.data`, ranges from `batches` of the graph's own inputs; no
+    integer weight is beyond `largest`.
 
     Raises OutputExists, CorruptCheckpoint, MissingExtra, EdgekitError without batches. Leaves nothing when it fails.
     """
     ranges = observe_ranges(source, batches, kind=kind, threads=threads, progress=progress)
-    work = _Static(read_graph(source), source, skip or (lambda _: False), progress)
+    work = _Static(read_graph(source), source, largest, skip or (lambda _: False), progress)
     work.ranges, work.kind = ranges, kind
     return run(work, out)
 

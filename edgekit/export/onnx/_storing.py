@@ -35,8 +35,8 @@ def store(
         scheme = scheme_of(graph, variant, layers)
         return quantize(graph, out, scheme, moments=moments, threads=threads, progress=progress)
     if variant.kind == "dynamic":
-        return _dynamic.quantize(graph, out, progress=progress)
-    return _static.quantize(graph, out, feeds, kind=kind, threads=threads, progress=progress)
+        return _dynamic.quantize(graph, out, largest=variant.largest, progress=progress)
+    return _static.quantize(graph, out, feeds, kind=kind, largest=variant.largest, threads=threads, progress=progress)
 
 
 def scheme_of(graph: Path, variant: Variant, layers: int) -> Scheme:
