@@ -14,7 +14,8 @@ from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
 MAX_JSON_BYTES = 192 << 20  # six times the largest tokenizer.json seen (Gemma 3, 33 MB)
 MAX_TEXT_BYTES = 4 << 20
 MAX_MODEL_BYTES = 64 << 20
-SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+FAIRSEQ = "sentencepiece.bpe.model"  # XLM-RoBERTa's name for it, and that of its kin
+SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", FAIRSEQ)
 
 Json = Mapping[str, Any]
 

@@ -37,7 +37,11 @@ def from_json(tokenizer: Json, added: Mapping[int, Added]) -> Built:
     if isinstance(unk, int) and 0 <= unk < len(types):
         types[unk] = UNKNOWN
     prefix, merge_spaces = _spaces(tokenizer)
-    built = _built(tokens, scores, types, _charsmap(tokenizer), prefix, merge_spaces)
+    charsmap = _charsmap(tokenizer)
+    built = _built(tokens, scores, types, charsmap, prefix, merge_spaces)
+    if not charsmap and any(p.get("type") == "WhitespaceSplit" for p in _pre_tokenizers(tokenizer)):
+        reason = "without SentencePiece's rules llama.cpp splits at U+0020 alone, not at line ends, others, U+2581"
+        built.limits.append(Limit(reason, lambda text: any((c.isspace() and c != " ") or c == SPACE for c in text)))
     return _without_bytes(built) if model.get("byte_fallback") else built
 
 
@@ -98,10 +102,14 @@ def _charsmap(tokenizer: Json) -> bytes:
     return b""
 
 
+def _pre_tokenizers(tokenizer: Json) -> list[Part]:
+    return list(parts(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+
+
 def _spaces(tokenizer: Json) -> tuple[bool, bool]:
     """(a space in front, runs of spaces count as one)."""
     prefix, merge = False, False
-    for part in parts(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+    for part in _pre_tokenizers(tokenizer):
         if part.get("type") == "WhitespaceSplit":
             merge = True
         if part.get("type") == "Metaspace":
