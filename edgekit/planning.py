@@ -334,7 +334,7 @@ def _on_target(blueprint: Blueprint, made: Draft, target: Target, context: int, 
     kv = {kind: kv_cache_bytes(blueprint.geometry, context, kind) for kind in KV_TYPES}
     memory = Memory(
         weights=sum(t.nbytes for t in made.tensors),
-        twice=_resident_twice(made.tensors, target),
+        twice=_resident_twice(made.tensors, target) if blueprint.geometry.causal else 0,
         kv=kv[kv_type],
         compute=compute_bytes(blueprint.geometry, context),
         overhead=RUNTIME_OVERHEAD,
@@ -404,8 +404,11 @@ def _resident_twice(tensors: Sequence[Planned], target: Target) -> int:
 
 
 def workload(tensors: Sequence[Planned], geometry: Geometry, context: int, kv_type: str) -> Workload:
-    """What one decoded token costs: weights read by format, their bytes, and a KV cache that is half full."""
-    untied = any(t.made.role is Role.OUTPUT for t in tensors)
+    """What one decoded token costs: weights read by format, their bytes, and a KV cache that is half full.
+
+    Of an embedding that is not the output matrix too, and of an encoder's, one row is read.
+    """
+    untied = not geometry.causal or any(t.made.role is Role.OUTPUT for t in tensors)
     weights: Counter[str] = Counter()
     nbytes, body = 0, 0
     for t in tensors:

@@ -232,7 +232,7 @@ def test_variants_equal_transformers(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", pico.ENCODERS)
 def test_embedding_equals_transformers(family: str, picos: Callable[[str], Path], tmp_path: Path) -> None:
-    """Short, longer than a window, and as long as there are positions; RoBERTa's begin behind the padding token's id."""
+    """Short, longer than a window, and as long as there are positions (RoBERTa's begin behind the padding token)."""
     import torch
     import transformers
 

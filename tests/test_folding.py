@@ -23,7 +23,9 @@ from tests.test_arch import cosines, engine, prompt, write_f32
 NORMS = {"attn_norm", "ffn_norm"}
 PLACES = MappingProxyType(
     {
-        **dict.fromkeys(("bert", "roberta", "xlm_roberta"), {"attn_v"}),
+        "bert": {"attn_v"},
+        "roberta": {"attn_v"},
+        "xlm_roberta": {"attn_v"},
         "gpt2": NORMS | {"attn_qkv"},
         "gpt_neox": NORMS | {"attn_qkv"},
         "mixtral": NORMS | {"attn_v", "ffn_up_exps"},
