@@ -339,7 +339,7 @@ MODERN = {
 
 def roberta(root: Path, model: str = "RobertaModel", **settings: Any) -> Path:
     """A model class of RoBERTa's with its kind of tokenizer."""
-    save(root, model, "RobertaConfig", **FAIRSEQ, **settings)
+    save(root, model, "RobertaConfig", **FAIRSEQ | settings)
     names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
     pico_tokenizers.write(root, pico_tokenizers.roberta(VOCAB), names, tokenizer_class="RobertaTokenizer")
     return root
@@ -347,7 +347,7 @@ def roberta(root: Path, model: str = "RobertaModel", **settings: Any) -> Path:
 
 def xlm_roberta(root: Path, model: str = "XLMRobertaModel", **settings: Any) -> Path:
     """A model class of XLM-RoBERTa's with its kind of tokenizer."""
-    save(root, model, "XLMRobertaConfig", **FAIRSEQ, **{"type_vocab_size": 1} | settings)
+    save(root, model, "XLMRobertaConfig", **FAIRSEQ | {"type_vocab_size": 1} | settings)
     names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
     pico_tokenizers.write(root, pico_tokenizers.unigram(VOCAB), names, tokenizer_class="XLMRobertaTokenizer")
     return root

@@ -254,6 +254,27 @@ def test_what_is_between_two_texts(family: str, between: bool, tmp_path: Path) -
     assert vocabulary.metadata()["tokenizer.ggml.add_sep_token"] is between
 
 
+def test_roberta_without_a_tokenizer_json(tmp_path: Path) -> None:
+    """vocab.json and merges.txt do not say that a text stands between <s> and </s>; transformers knows it."""
+    from transformers import AutoTokenizer
+
+    root = pico.make("roberta", tmp_path)
+    model = json.loads((root / "tokenizer.json").read_text())["model"]
+    vocab = model["vocab"] | {"<mask>": len(model["vocab"])}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (root / name).unlink()
+    (root / "vocab.json").write_text(json.dumps(vocab))
+    (root / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
+    judge = AutoTokenizer.from_pretrained(root)
+    vocabulary = read_vocabulary(root, json.loads((root / "config.json").read_text()))
+    assert vocabulary.add_bos and vocabulary.add_eos
+    reference = vocabulary.reference()
+    for text in (*TEXTS, "a <mask> b", " x  "):
+        assert reference.encode(text, add_special=True) == judge(text)["input_ids"]
+    assert reference.pair(*PAIRS[0])[0] == judge(*PAIRS[0])["input_ids"]
+    check_parity(vocabulary, TEXTS)
+
+
 def test_a_fairseq_model_alone_is_refused(tmp_path: Path) -> None:
     """Its pieces are numbered otherwise than the rows of the embedding."""
     root = pico.make("xlm_roberta", tmp_path)
