@@ -232,17 +232,20 @@ def test_variants_equal_transformers(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", pico.ENCODERS)
 def test_embedding_equals_transformers(family: str, picos: Callable[[str], Path], tmp_path: Path) -> None:
-    """Short, longer than a window, and as long as there are positions (RoBERTa's begin behind the padding token)."""
+    made = vectors_equal_transformers(picos(family), tmp_path / "f32.gguf")
+    assert not made.geometry.causal
+    assert all(m.role is roles_of_name(m.name) for m in made.tensors)
+
+
+def vectors_equal_transformers(root: Path, file: Path) -> Blueprint:
+    """Short texts, some longer than a window, some as long as there are positions (RoBERTa's begin behind padding's)."""
     import torch
     import transformers
 
-    root = picos(family)
     model = transformers.AutoModel.from_pretrained(root, attn_implementation="eager", dtype=torch.float32).eval()
     made = blueprint(open_checkpoint(str(root)))
-    assert not made.geometry.causal
-    assert all(m.role is roles_of_name(m.name) for m in made.tensors)
     pooling = made.metadata[f"{made.arch}.pooling_type"]
-    file = write_f32(made, tmp_path / "f32.gguf")
+    write_f32(made, file)
     for length in (7, PROMPT, made.geometry.context):
         tokens = [t if t != model.config.pad_token_id else 9 for t in prompt(length)]
         with torch.no_grad():
@@ -251,6 +254,26 @@ def test_embedding_equals_transformers(family: str, picos: Callable[[str], Path]
         got = engine(file, tokens, embed=True)
         assert cosines(got, wanted) > 0.99999, length
         assert np.abs(got - wanted).max() < 0.005 * np.abs(wanted).max()
+    return made
+
+
+ENCODER_VARIANTS: dict[str, Callable[[Path], Path]] = {
+    "roberta, another padding token and two segments": lambda r: pico.roberta(r, pad_token_id=5, type_vocab_size=2),
+    "modernbert, SiLU and a pattern of its own": lambda r: pico.modernbert(
+        r, hidden_activation="silu", layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 3]
+    ),
+    "modernbert, full attention alone": lambda r: pico.modernbert(r, layer_types=["full_attention"] * 5),
+    "nomic, another base": lambda r: pico.save(
+        r, "NomicBertModel", "NomicBertConfig", num_key_value_heads=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ENCODER_VARIANTS)
+def test_encoder_variants_equal_transformers(variant: str, tmp_path: Path) -> None:
+    root = pico.pooled(ENCODER_VARIANTS[variant](tmp_path / "m"), "mean")
+    vectors_equal_transformers(root, tmp_path / "f32.gguf")
 
 
 def test_what_an_encoder_leaves_out(picos: Callable[[str], Path]) -> None:
@@ -554,6 +577,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("modernbert", {"mlp_bias": True}, "mlp_bias is True"),
     ("modernbert", {"rope_parameters": {"full_attention": pico.YARN, "sliding_attention": {}}}, "rope type 'yarn'"),
     ("modernbert", {"layer_types": ["chunked_attention"] * 5}, "expected 5 of"),
+    ("modernbert", {"layer_types": ["sliding_attention"] * 5}, "every layer of this family has a window"),
     ("nomic_bert", {"activation_function": "geglu"}, "activation_function is 'geglu'"),
     ("nomic_bert", {"moe_every_n_layers": 2}, "moe_every_n_layers is 2"),
     ("nomic_bert", {"num_experts": 8}, "num_experts is 8"),

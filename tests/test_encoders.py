@@ -69,6 +69,20 @@ def test_vectors_are_those_of_sentence_transformers(family: str, tmp_path: Path)
     assert ((found * wanted).sum(axis=1) > 0.99999).all()
 
 
+def test_bert_with_the_vocabulary_of_xlm_roberta(tmp_path: Path) -> None:
+    """As the small multilingual E5 is made."""
+    from sentence_transformers import SentenceTransformer
+
+    root = pico.make("bert", tmp_path)
+    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    pico_tokenizers.write(root, pico_tokenizers.unigram(pico.VOCAB), names, tokenizer_class="XLMRobertaTokenizer")
+    rewritten(root, root, lambda config: config.update(pad_token_id=1))
+    with edgekit.load(made(root, tmp_path / "out"), threads=1) as session:
+        found = session.embed(TEXTS)
+    wanted = SentenceTransformer(str(root), device="cpu", model_kwargs={"dtype": "float32"}).encode(TEXTS)
+    assert ((found * wanted).sum(axis=1) > 0.99999).all()
+
+
 def test_nomic_in_the_spelling_of_its_own_code(tmp_path: Path) -> None:
     """Trained on 2,048 tokens: beyond them its code turns by other angles, which llama.cpp does not."""
     root = pico.make("nomic_bert", tmp_path)

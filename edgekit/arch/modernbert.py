@@ -64,9 +64,7 @@ def read(s: Settings, root: Path) -> Reading:
     window, layers = s.integer("local_attention", low=2), _windowed(s, d)
     metadata = keys(d) | layer_norm(s, "norm_eps") | {"attention.causal": False} | head.metadata
     metadata["hidden_activation"] = "silu" if s.raw("hidden_activation") in SILU else "gelu"
-    metadata |= _ropes(s, d) | {"attention.sliding_window": window}
-    if layers != tuple(i % 3 != 0 for i in range(d.layers)):  # what llama.cpp assumes
-        metadata["attention.sliding_window_pattern"] = list(layers)
+    metadata |= _ropes(s, d) | _window_keys(window, layers)
     if head.labels:
         metadata |= _scores(s)
     windows = tuple(window if on else None for on in layers)
@@ -80,7 +78,20 @@ def _windowed(s: Settings, d: Dims) -> tuple[bool, ...]:
         return tuple(i % every != 0 for i in range(d.layers))
     if len(kinds) != d.layers or any(kind not in ("sliding_attention", "full_attention") for kind in kinds):
         s.refuse("layer_types", f"expected {d.layers} of 'sliding_attention' and 'full_attention'")
+    if "full_attention" not in kinds:
+        s.refuse("layer_types", "llama.cpp ends the process where every layer of this family has a window")
     return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _window_keys(window: int, layers: tuple[bool, ...]) -> dict[str, MetaValue]:
+    """The window, unless no layer has one: llama.cpp ends the process over a mask that no layer uses. The pattern only
+    where it is not the one that llama.cpp assumes."""
+    if not any(layers):
+        return {}
+    found: dict[str, MetaValue] = {"attention.sliding_window": window}
+    if layers != tuple(i % 3 != 0 for i in range(len(layers))):
+        found["attention.sliding_window_pattern"] = list(layers)
+    return found
 
 
 def _ropes(s: Settings, d: Dims) -> dict[str, MetaValue]:
