@@ -257,6 +257,20 @@ def test_unigram_with_the_rules_of_sentencepiece(test_data: Path, tmp_path: Path
     assert vocabulary.metadata()["tokenizer.ggml.token_type_count"] == 2  # XLMRobertaConfig's own default
 
 
+def test_a_run_that_can_be_cut_in_two_ways_is_excused(tmp_path: Path) -> None:
+    """zzz and z, or z and zzz: the same score but for rounding, and the two tokenizers take different ones."""
+    tokenizer = json.loads(pico_tokenizers.unigram(pico.VOCAB))
+    scores = {"00": -5.91, "0": -6.33, "zzz": -5.91, "z": -6.33}
+    others = [entry for entry in tokenizer["model"]["vocab"] if entry[0] not in scores]
+    tokenizer["model"]["vocab"] = others + [list(entry) for entry in scores.items()]
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<mask>"]
+    pico_tokenizers.write(tmp_path, json.dumps(tokenizer), ("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
+    vocabulary = read_vocabulary(tmp_path, {})
+    excused = {text: bool(vocabulary.excuse(text)) for text in ("json zzzz", "a 000 b", "a 00 b", "a zzz b", "aabb")}
+    assert excused == {"json zzzz": True, "a 000 b": True, "a 00 b": False, "a zzz b": False, "aabb": False}
+    assert check_parity(vocabulary, list(excused)) == 1
+
+
 @pytest.mark.parametrize(
     ("family", "between"), [("bert", False), ("roberta", True), ("xlm_roberta", True), ("modernbert", False)]
 )

@@ -107,6 +107,21 @@ class Model:
         return bool(self._api.llama_vocab_get_add_bos(self._vocab))
 
     @cached_property
+    def pair_frame(self) -> tuple[list[int], list[int], list[int]]:
+        """Tokens before two texts that are read together, behind each of them, and between them beside that."""
+        api, vocab = self._api, self._vocab
+        sep = _token_or_none(api.llama_vocab_sep(vocab))
+
+        def kept(token: int | None, wanted: bool) -> list[int]:
+            return [token] if wanted and token is not None else []
+
+        return (
+            kept(self.bos, self.add_bos),
+            kept(self.eos, api.llama_vocab_get_add_eos(vocab)),
+            kept(sep, api.llama_vocab_get_add_sep(vocab)),
+        )
+
+    @cached_property
     def chat_template(self) -> str | None:
         text = self._api.llama_model_chat_template(self.handle, None)
         return None if text is None else str(text, "utf-8", "replace")
@@ -529,16 +544,13 @@ class LlamaSession(Writer):
     def pair(self, first: str, second: str) -> list[int]:
         """Tokens of two texts that are read together, framed as llama.cpp's server frames them: what the vocabulary
         puts around a text, and between two of them the token of `add_sep_token` if it says so."""
-        api, vocab = self._api, self.model._vocab
-        eos = [self.model.eos] if api.llama_vocab_get_add_eos(vocab) and self.model.eos is not None else []
-        sep = [int(api.llama_vocab_sep(vocab))] if api.llama_vocab_get_add_sep(vocab) else []
-        bos = [self.model.bos] if self.model.add_bos and self.model.bos is not None else []
+        before, behind, between = self.model.pair_frame
         parts = [self.tokenize(text, add_special=False) for text in (first, second)]
-        room = self._room() - len(bos) - 2 * len(eos) - len(sep)
+        room = self._room() - len(before) - 2 * len(behind) - len(between)
         if sum(map(len, parts)) > room:
             self._note_cut(self._room())
             parts = list(shortened_pair(parts[0], parts[1], room))
-        return [*bos, *parts[0], *eos, *sep, *parts[1], *eos]
+        return [*before, *parts[0], *behind, *between, *parts[1], *behind]
 
     def _cut(self, text: str) -> list[int]:
         """Tokens of `text`, as many as the model's files allow; the special ones around it stay.
