@@ -80,7 +80,7 @@ def _built(
 
 
 def _has_ties(tokens: list[str]) -> Callable[[str], bool]:
-    """A predicate: has the text a run that no piece holds whole, while some piece holds a part: 00 and 0, or 0 and 00?"""
+    """A predicate: has the text a run that no piece holds whole while a piece holds part of it: 00 0, or 0 00?"""
     longest: dict[str, int] = {}
     for token in tokens:
         piece = token.removeprefix(SPACE)
