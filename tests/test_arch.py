@@ -238,7 +238,7 @@ def test_embedding_equals_transformers(family: str, picos: Callable[[str], Path]
 
 
 def vectors_equal_transformers(root: Path, file: Path) -> Blueprint:
-    """Short texts, some longer than a window, some as long as there are positions (RoBERTa's begin behind padding's)."""
+    """Texts that are short, longer than a window, as long as there are positions (RoBERTa's begin behind padding's)."""
     import torch
     import transformers
 
