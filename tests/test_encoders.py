@@ -65,6 +65,8 @@ def test_vectors_are_those_of_sentence_transformers(family: str, tmp_path: Path)
         assert f"texts of more than {LONGEST} tokens are cut to that" in session.notes
         with pytest.raises(RuntimeFailed, match="no classifier"):
             session.scores(TEXTS)
+    with pytest.raises(RuntimeFailed, match="no head that scores"):
+        edgekit.load(tmp_path / "out", pooling="rank")
     wanted = SentenceTransformer(str(root), device="cpu", model_kwargs={"dtype": "float32"}).encode(TEXTS)
     assert ((found * wanted).sum(axis=1) > 0.99999).all()
 
@@ -107,11 +109,12 @@ def test_nomic_in_the_spelling_of_its_own_code(tmp_path: Path) -> None:
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
+NAMES = {0: "no", 1: "perhaps", 2: "yes"}
 CLASSIFIERS: dict[str, Callable[[Path], Path]] = {
-    "roberta, three labels": lambda root: pico.roberta(root, "RobertaForSequenceClassification", num_labels=3),
+    "roberta, three labels": lambda root: pico.roberta(root, "RobertaForSequenceClassification", id2label=NAMES),
     "xlm-roberta, a reranker": lambda root: pico.xlm_roberta(root, "XLMRobertaForSequenceClassification", num_labels=1),
     "modernbert, three labels": lambda root: pico.modernbert(
-        root, "ModernBertForSequenceClassification", num_labels=3, problem_type="multi_label_classification"
+        root, "ModernBertForSequenceClassification", id2label=NAMES, problem_type="multi_label_classification"
     ),
     "modernbert, a reranker of the mean": lambda root: pico.modernbert(
         root, "ModernBertForSequenceClassification", num_labels=1, classifier_pooling="mean"
@@ -138,7 +141,7 @@ def test_scores_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     pipe = pipeline("text-classification", model=str(root), device="cpu", dtype=torch.float32, top_k=None)
     rows = pipe(TEXTS, truncation=True, max_length=LONGEST)
     wanted = np.array([[one["score"] for one in sorted(row, key=lambda one: one["label"])] for row in rows])
-    assert names == tuple(f"LABEL_{i}" for i in range(wanted.shape[1]))
+    assert names == (("no", "perhaps", "yes") if wanted.shape[1] == 3 else ("LABEL_0",))
     np.testing.assert_allclose(texts, wanted, atol=0.003)
     assert wanted.std() > 0.01
     activation = torch.nn.Softmax(dim=-1) if function == "softmax" else torch.nn.Sigmoid()

@@ -520,8 +520,9 @@ class LlamaSession(Writer):
         count = int(self._api.llama_model_n_cls_out(self.model.handle))
         file = open_gguf(self.model.path)
         arch = file.get("general.architecture")
-        stated = [str(name) for name in file.get(f"{arch}.classifier.output_labels", ())]
-        names = stated if len(stated) == count else [f"LABEL_{i}" for i in range(count)]
+        stated = file.get(f"{arch}.classifier.output_labels")
+        known = isinstance(stated, list | tuple) and len(stated) == count
+        names = map(str, stated) if known else (f"LABEL_{i}" for i in range(count))
         function = file.get(f"{arch}.classifier.function")
         return Labels(tuple(names), str(function) if function else "sigmoid" if count == 1 else "none")
 
@@ -781,6 +782,8 @@ def _context_params(model: Model, settings: ContextSettings, threads: int) -> An
 
 def _pooling(model: Model, wanted: str | None) -> int:
     """The pooling asked for, else the model's own, else the mean (a decoder names none)."""
+    if wanted == "rank" and not {"cls.weight", "cls.output.weight"} & open_gguf(model.path).tensors.keys():
+        raise RuntimeFailed(f"{model.path.name} has no head that scores", "leave out pooling=")
     if wanted is not None:
         return _named({k: v for k, v in POOLING.items() if k != "none"}, wanted, "pooling")
     facts = model.metadata()
