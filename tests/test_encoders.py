@@ -28,6 +28,7 @@ from edgekit.gguf_file import encode_header, open_gguf
 from edgekit.planning import workload
 from edgekit.vocab import read_vocabulary
 from tests import pico, pico_tokenizers
+from tests.gguf_models import quantize
 from tests.test_arch import renamed, rewritten, same_blueprint
 from tests.test_vocab import check_parity
 
@@ -374,3 +375,21 @@ def test_one_row_of_an_encoders_embedding_is_read(tmp_path: Path) -> None:
     assert done.memory.twice == 0
     assert load.bytes_per_token < others + embed.nbytes / 100 + 1024
     assert bytes_per_token(next(made(root, tmp_path / "out", quant="Q8_0").glob("*.gguf"))) <= others
+
+
+@pytest.mark.parametrize("family", ["modernbert", "xlm_roberta"])
+def test_a_preset_has_the_bytes_of_llama_quantize(family: str, tmp_path: Path) -> None:
+    """The same formats, order and bytes: the mixes follow what a tensor is for."""
+    make = {"modernbert": pico.modernbert, "xlm_roberta": pico.xlm_roberta}[family]
+    root = make(tmp_path / "m", hidden_size=256, intermediate_size=512)
+    source = next(made(root, tmp_path / "f32", verify="none").glob("*.gguf"))
+    ours = next(made(root, tmp_path / "out", verify="none", quant="Q4_K_M").glob("*.gguf"))
+    theirs = quantize(source, tmp_path / "theirs.gguf", 15)  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    assert stored(ours) == stored(theirs)
+    assert len({code for _, code, _ in stored(ours)}) == 3  # F32, Q4_K, Q6_K
+
+
+def stored(path: Path) -> list[tuple[str, int, bytes]]:
+    """Name, format and bytes of every tensor, in file order."""
+    data = path.read_bytes()
+    return [(t.name, t.code, data[t.offset : t.offset + t.nbytes]) for t in open_gguf(path).tensors.values()]
