@@ -359,3 +359,13 @@ def shortened(tokens: Sequence[int], bare: Sequence[int], length: int) -> list[i
     lead = next((n for n in range(extra + 1) if list(tokens[n : n + len(bare)]) == list(bare)), extra)
     tail = extra - lead
     return [*tokens[: max(0, length - tail)], *tokens[len(tokens) - tail :]][:length]
+
+
+def shortened_pair(first: Sequence[int], second: Sequence[int], room: int) -> tuple[list[int], list[int]]:
+    """Both cut to `room` tokens together: the longer one first, then both, as `tokenizers` does (longest_first)."""
+    small = min(len(first), len(second))
+    if len(first) + len(second) > room:
+        small = min(small, room // 2)
+    large = max(0, room - small)
+    a, b = (large, small) if len(first) > len(second) else (small, large)
+    return list(first[:a]), list(second[:b])

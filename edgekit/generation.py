@@ -89,9 +89,10 @@ def answer(
 
 def _must_write(session: Session, path: Path) -> None:
     if session.encoder:
+        verb = "scores" if getattr(session, "scoring", False) else "embed"
         raise EdgekitError(
             f"{path.name} is an encoder: it turns text into vectors or scores and does not write any",
-            f"from Python: edgekit.load({str(path)!r}).embed([...])",
+            f"from Python: edgekit.load({str(path)!r}).{verb}([...])",
         )
 
 

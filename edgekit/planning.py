@@ -334,7 +334,7 @@ def _on_target(blueprint: Blueprint, made: Draft, target: Target, context: int, 
     kv = {kind: kv_cache_bytes(blueprint.geometry, context, kind) for kind in KV_TYPES}
     memory = Memory(
         weights=sum(t.nbytes for t in made.tensors),
-        twice=_resident_twice(made.tensors, target),
+        twice=_resident_twice(made.tensors, target) if blueprint.geometry.causal else 0,
         kv=kv[kv_type],
         compute=compute_bytes(blueprint.geometry, context),
         overhead=RUNTIME_OVERHEAD,
@@ -375,18 +375,20 @@ def kv_cache_bytes(geometry: Geometry, context: int, kind: str) -> int:
 
 
 def compute_bytes(geometry: Geometry, context: int) -> int:
-    """Bytes of llama.cpp's compute buffer on CPU with flash attention, at its default micro batch.
+    """Bytes of llama.cpp's compute buffer on CPU with flash attention, at its default micro batch; an encoder's holds
+    the whole text, for which this is right with a gated feed-forward block and about twice what is needed without one.
 
     The larger of two moments of the graph, fitted to what llama.cpp prints (docs/planning.md): the logits of a whole
     micro batch, and one feed-forward block beside the attention mask.
     """
-    tokens = min(UBATCH, context)
+    tokens = min(UBATCH, context) if geometry.causal else context
     widest = max((layer.kv_heads * layer.key for layer in geometry.layers), default=0)
     queries = geometry.heads * max((layer.key for layer in geometry.layers), default=0)
     ffn = geometry.ffn * max(1, geometry.experts_used)
     logits = 4 * tokens * ((geometry.vocab if geometry.causal else 0) + 2 * geometry.hidden)
     block = 4 * tokens * (3 * ffn + 3 * geometry.hidden + queries + widest)
-    mask = 2 * tokens * (-(-context // 256) * 256)
+    masks = 2 if not geometry.causal and any(layer.window for layer in geometry.layers) else 1
+    mask = masks * 2 * tokens * (-(-context // 256) * 256)
     return max(logits, block + mask)
 
 
@@ -404,8 +406,11 @@ def _resident_twice(tensors: Sequence[Planned], target: Target) -> int:
 
 
 def workload(tensors: Sequence[Planned], geometry: Geometry, context: int, kv_type: str) -> Workload:
-    """What one decoded token costs: weights read by format, their bytes, and a KV cache that is half full."""
-    untied = any(t.made.role is Role.OUTPUT for t in tensors)
+    """What one decoded token costs: weights read by format, their bytes, and a KV cache that is half full.
+
+    Of an embedding that is not the output matrix too, and of an encoder's, one row is read.
+    """
+    untied = not geometry.causal or any(t.made.role is Role.OUTPUT for t in tensors)
     weights: Counter[str] = Counter()
     nbytes, body = 0, 0
     for t in tensors:

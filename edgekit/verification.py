@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgekit import artifact, chat, corpus, quality
+from edgekit.arch import Role
 from edgekit.checkpoint import Checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, VerificationFailed
 from edgekit.export import gguf
@@ -25,7 +26,7 @@ from edgekit.planning import Plan, Planned
 from edgekit.planning import plan as decide
 from edgekit.quant import ggml
 from edgekit.runtime import Session
-from edgekit.runtime.llama_cpp import open_session
+from edgekit.runtime.llama_cpp import LlamaSession, open_session
 from edgekit.target import Target
 from edgekit.units import Progress, show_bytes, silent
 from edgekit.vocab import Vocabulary
@@ -92,6 +93,8 @@ def verify(
     ) as session:
         words, warnings = check_tokens(session, file, checkpoint, vocabulary)
         checks.append(words)
+        if session.scoring and vocabulary is not None:
+            checks.append(check_pairs(session, vocabulary, decided))
         progress("verify", 2, steps)
         checks.append(check_template(file, checkpoint, vocabulary))
         progress("verify", 3, steps)
@@ -181,6 +184,25 @@ def check_tokens(
     return Check("tokens", detail), tuple(dict.fromkeys(excused))
 
 
+PAIRS = (("Where is it?", "In the kitchen."), ("2 + 2", "is 4, as everybody knows"), ("Größe", "東京"))
+
+
+def check_pairs(session: LlamaSession, vocabulary: Vocabulary, decided: Plan) -> Check:
+    """Two texts that are read together get the ids, and the segments, that the model's own tokenizer gives them."""
+    reference = vocabulary.reference()
+    segments = next((t.shape[0] for t in decided.tensors if t.made.role is Role.TOKEN_TYPE), 1)
+    for first, second in PAIRS:
+        (wanted, kinds), got = reference.pair(first, second), session.pair(first, second)
+        if wanted != got:
+            raise VerificationFailed(_token_difference(f"{first} / {second}", wanted, got), "try --format onnx")
+        if segments > 1 and any(kinds):
+            raise VerificationFailed(
+                "the tokenizer puts the second text of a pair into a segment of its own; llama.cpp has all text in the "
+                "first", "try --format onnx",
+            )  # fmt: skip
+    return Check("pairs", f"{len(PAIRS)} pairs of texts give the ids of the model's own tokenizer")
+
+
 def _token_difference(text: str, wanted: Sequence[int], got: Sequence[int]) -> str:
     at = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
     return (
@@ -236,8 +258,13 @@ def _rendered(template: chat.Template, messages: Sequence[Mapping[str, str]]) ->
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def check_numbers(session: Session, decided: Plan) -> dict[str, Any]:
+def check_numbers(session: LlamaSession, decided: Plan) -> dict[str, Any]:
     """Finite outputs, and for a decoder the perplexity of the built-in text."""
+    if session.encoder and session.scoring:
+        scores = session.scores([corpus.TEXT[:200], (corpus.TEXT[200:300], corpus.TEXT[300:400])])
+        if not np.isfinite(scores).all():
+            raise VerificationFailed("the scores are not finite", "try another preset, for example -q Q8_0")
+        return {"labels": int(scores.shape[1])}
     if not decided.geometry.causal:
         vectors = session.embed([corpus.TEXT[:200], corpus.TEXT[200:400]])
         if not np.isfinite(vectors).all():
@@ -254,6 +281,8 @@ def check_numbers(session: Session, decided: Plan) -> dict[str, Any]:
 def _numbers_detail(figures: Mapping[str, Any]) -> str:
     if "perplexity" in figures:
         return f"all logits finite; perplexity {figures['perplexity']:.2f} on the built-in text"
+    if "labels" in figures:
+        return f"scores of {figures['labels']} {'label' if figures['labels'] == 1 else 'labels'}, all finite"
     return f"embeddings of width {figures['embedding_width']}, all finite"
 
 

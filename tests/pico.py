@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from tests import pico_tokenizers
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -26,12 +28,6 @@ VOCAB = 512
 
 
 # --- a tokenizer ---------------------------------------------------------------------------------------------------
-
-
-@cache
-def _prose() -> list[str]:
-    """Text that comes with Python, to train a tokenizer on."""
-    return [line for path in sorted(Path(json.__file__).parent.glob("*.py")) for line in path.read_text().splitlines()]
 
 
 @cache
@@ -48,7 +44,7 @@ def _bpe(vocab: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_prose(), trainer)
+    tokenizer.train_from_iterator(pico_tokenizers.prose(), trainer)
     return str(tokenizer.to_str())
 
 
@@ -63,7 +59,7 @@ def _wordpiece(vocab: int) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(_prose(), trainer)
+    tokenizer.train_from_iterator(pico_tokenizers.prose(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -304,15 +300,70 @@ def _gemma3(root: Path) -> Path:
 
 def _bert(root: Path) -> Path:
     """Mean pooling, as sentence-transformers writes it down."""
-    save(root, "BertModel", "BertConfig", num_key_value_heads=None)
+    return pooled(save(root, "BertModel", "BertConfig", num_key_value_heads=None), "mean")
+
+
+def pooled(root: Path, kind: str) -> Path:
+    """Adds modules.json and 1_Pooling: `mean` or `cls`, then length 1."""
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [
-        {"idx": i, "path": p, "type": f"sentence_transformers.models.{k}"} for i, (p, k) in enumerate(kinds.items())
+        {"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{k}"}
+        for i, (p, k) in enumerate(kinds.items())
     ]
     (root / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     (root / "1_Pooling").mkdir(exist_ok=True)
-    pooling = {"word_embedding_dimension": 128, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    pooling = {"word_embedding_dimension": 128}
+    pooling |= {"pooling_mode_mean_tokens": kind == "mean", "pooling_mode_cls_token": kind == "cls"}
     (root / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    return root
+
+
+FAIRSEQ = {
+    "num_key_value_heads": None,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 258,
+}
+MODERN = {
+    "num_key_value_heads": None,
+    "num_hidden_layers": 5,
+    "local_attention": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+}
+
+
+def roberta(root: Path, model: str = "RobertaModel", **settings: Any) -> Path:
+    """A model class of RoBERTa's with its kind of tokenizer."""
+    save(root, model, "RobertaConfig", **FAIRSEQ | settings)
+    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    pico_tokenizers.write(root, pico_tokenizers.roberta(VOCAB), names, tokenizer_class="RobertaTokenizer")
+    return root
+
+
+def xlm_roberta(root: Path, model: str = "XLMRobertaModel", **settings: Any) -> Path:
+    """A model class of XLM-RoBERTa's with its kind of tokenizer."""
+    save(root, model, "XLMRobertaConfig", **FAIRSEQ | {"type_vocab_size": 1} | settings)
+    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    pico_tokenizers.write(root, pico_tokenizers.unigram(VOCAB), names, tokenizer_class="XLMRobertaTokenizer")
+    return root
+
+
+def modernbert(root: Path, model: str = "ModernBertModel", **settings: Any) -> Path:
+    """A model class of ModernBERT's with its kind of tokenizer."""
+    save(root, model, "ModernBertConfig", **MODERN | settings)
+    pico_tokenizers.write(root, pico_tokenizers.modernbert(VOCAB), ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"))
+    return root
+
+
+def nomic_bert(root: Path) -> Path:
+    """Nomic's model with BERT's tokenizer, saved by transformers under the names of the model's own code."""
+    save(root, "NomicBertModel", "NomicBertConfig", num_key_value_heads=None)
+    tokenizer_files(root, bert=True)
     return root
 
 
@@ -347,12 +398,15 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         "MixtralConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     ),
+    "modernbert": lambda root: pooled(modernbert(root), "cls"),
+    "nomic_bert": lambda root: pooled(nomic_bert(root), "mean"),
     "olmo2": Pico("Olmo2ForCausalLM", "Olmo2Config", {}),
     "phi3": Pico("Phi3ForCausalLM", "Phi3Config", PHI3),
     "qwen2": Pico("Qwen2ForCausalLM", "Qwen2Config", {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "qwen2_moe": Pico("Qwen2MoeForCausalLM", "Qwen2MoeConfig", MOE | {"shared_expert_intermediate_size": 160}),
     "qwen3": Pico("Qwen3ForCausalLM", "Qwen3Config", {"head_dim": 64, "tie_word_embeddings": True}),
     "qwen3_moe": Pico("Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE | {"head_dim": 64, "norm_topk_prob": True}),
+    "roberta": lambda root: pooled(roberta(root), "mean"),
     "smollm3": Pico("SmolLM3ForCausalLM", "SmolLM3Config", {"num_hidden_layers": 5}),
     "stablelm": Pico(
         "StableLmForCausalLM",
@@ -360,7 +414,10 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
     ),
     "starcoder2": Pico("Starcoder2ForCausalLM", "Starcoder2Config", {"tie_word_embeddings": True}),
+    "xlm_roberta": lambda root: pooled(xlm_roberta(root), "cls"),
 }
+ENCODERS = ("bert", "modernbert", "nomic_bert", "roberta", "xlm_roberta")
+"""Those of FAMILIES that make vectors."""
 
 
 def make(family: str, root: Path) -> Path:

@@ -23,7 +23,7 @@ from tests import pico
 PROMPT = 96  # tokens: more than any pico's window
 STEPS = 16
 COSINE = 0.9999
-CAUSAL = [name for name in pico.FAMILIES if name != "bert"]
+CAUSAL = [name for name in pico.FAMILIES if name not in pico.ENCODERS]
 
 
 # --- the two sides -------------------------------------------------------------------------------------------------
@@ -31,11 +31,12 @@ CAUSAL = [name for name in pico.FAMILIES if name != "bert"]
 
 def write_f32(made: Blueprint, path: Path) -> Path:
     """A GGUF of float32 tensors and no vocabulary."""
+    segments = next((m.shape[0] for m in made.tensors if m.name == "token_types.weight"), 2)
     metadata = {
         "general.architecture": made.arch,
         **made.metadata,
         "tokenizer.ggml.model": "none",
-        "tokenizer.ggml.token_type_count": 2,
+        "tokenizer.ggml.token_type_count": segments,
     }
     tensors = [(m.name, m.shape, 0, 4 * m.values) for m in made.tensors]
     header = encode_header(metadata, tensors)
@@ -229,20 +230,58 @@ def test_variants_equal_transformers(variant: str, tmp_path: Path) -> None:
     same_as_transformers(pico.save(tmp_path / "model", *VARIANTS[variant][:2], **VARIANTS[variant][2]), tmp_path)
 
 
-def test_bert_embedding_equals_mean_of_transformers(picos: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", pico.ENCODERS)
+def test_embedding_equals_transformers(family: str, picos: Callable[[str], Path], tmp_path: Path) -> None:
+    made = vectors_equal_transformers(picos(family), tmp_path / "f32.gguf")
+    assert not made.geometry.causal
+    assert all(m.role is roles_of_name(m.name) for m in made.tensors)
+
+
+def vectors_equal_transformers(root: Path, file: Path) -> Blueprint:
+    """Texts that are short, longer than a window, as long as there are positions (RoBERTa's begin behind padding's)."""
     import torch
     import transformers
 
-    root, tokens = picos("bert"), prompt()
-    model = transformers.BertModel.from_pretrained(root, attn_implementation="eager", dtype=torch.float32).eval()
-    with torch.no_grad():
-        wanted = model(torch.tensor([tokens])).last_hidden_state[0].mean(0).numpy()
+    model = transformers.AutoModel.from_pretrained(root, attn_implementation="eager", dtype=torch.float32).eval()
     made = blueprint(open_checkpoint(str(root)))
-    got = engine(write_f32(made, tmp_path / "bert.gguf"), tokens, embed=True)
-    assert cosines(got, wanted) > COSINE
-    assert not made.geometry.causal
-    assert made.metadata["bert.pooling_type"] == 1
-    assert made.ignored == ("pooler.dense.bias", "pooler.dense.weight")
+    pooling = made.metadata[f"{made.arch}.pooling_type"]
+    write_f32(made, file)
+    for length in (7, PROMPT, made.geometry.context):
+        tokens = [t if t != model.config.pad_token_id else 9 for t in prompt(length)]
+        with torch.no_grad():
+            hidden = model(torch.tensor([tokens])).last_hidden_state[0].numpy()
+        wanted = {1: hidden.mean(0), 2: hidden[0]}[pooling]
+        got = engine(file, tokens, embed=True)
+        assert cosines(got, wanted) > 0.99999, length
+        assert np.abs(got - wanted).max() < 0.005 * np.abs(wanted).max()
+    return made
+
+
+ENCODER_VARIANTS: dict[str, Callable[[Path], Path]] = {
+    "roberta, another padding token and two segments": lambda r: pico.roberta(r, pad_token_id=5, type_vocab_size=2),
+    "modernbert, SiLU and a pattern of its own": lambda r: pico.modernbert(
+        r, hidden_activation="silu", layer_types=["sliding_attention", "full_attention", *["sliding_attention"] * 3]
+    ),
+    "modernbert, full attention alone": lambda r: pico.modernbert(r, layer_types=["full_attention"] * 5),
+    "nomic, another base": lambda r: pico.save(
+        r, "NomicBertModel", "NomicBertConfig", num_key_value_heads=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ENCODER_VARIANTS)
+def test_encoder_variants_equal_transformers(variant: str, tmp_path: Path) -> None:
+    root = pico.pooled(ENCODER_VARIANTS[variant](tmp_path / "m"), "mean")
+    vectors_equal_transformers(root, tmp_path / "f32.gguf")
+
+
+def test_what_an_encoder_leaves_out(picos: Callable[[str], Path]) -> None:
+    pooler = ("pooler.dense.bias", "pooler.dense.weight")
+    ignored = {family: blueprint(open_checkpoint(str(picos(family)))).ignored for family in pico.ENCODERS}
+    assert ignored == dict.fromkeys(("bert", "roberta", "xlm_roberta"), pooler) | dict.fromkeys(
+        ("modernbert", "nomic_bert"), ()
+    )
 
 
 def test_minilm_embedding_equals_transformers(tmp_path: Path) -> None:
@@ -274,6 +313,7 @@ def test_windows(picos: Callable[[str], Path]) -> None:
     assert windows("gemma3") == [32, 32, 32, 32, 32, None, 32]
     assert windows("gemma2") == [32, None, 32]
     assert windows("mistral") == [None] * 3
+    assert windows("modernbert") == [None, 24, 24, None, 24]
 
 
 def test_a_window_llama_cpp_lacks_limits_the_context(picos: Callable[[str], Path]) -> None:
@@ -294,7 +334,7 @@ def test_sizes_of_a_mixture(picos: Callable[[str], Path]) -> None:
 def test_what_stays_float32(picos: Callable[[str], Path]) -> None:
     kept = {"attn_q_norm.weight", "attn_k_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"}
     kept |= {"position_embd.weight", "token_types.weight", "rope_freqs.weight", "attn_qkv.bias"}
-    for family in ("stablelm", "qwen2_moe", "gpt2", "bert", "llama", "qwen3"):
+    for family in ("stablelm", "qwen2_moe", "gpt2", "bert", "llama", "qwen3", "modernbert", "xlm_roberta"):
         for m in blueprint(open_checkpoint(str(picos(family)))).tensors:
             short = m.name.split(".", 2)[2] if m.name.startswith("blk.") else m.name
             expected = short in kept or len(m.shape) == 1
@@ -368,6 +408,10 @@ def older(config: dict[str, Any]) -> None:
     rope = inner.pop("rope_parameters", None) or {}
     inner.pop("layer_types", None)
     inner["torch_dtype"] = inner.pop("dtype", "float32")
+    if inner["model_type"] == "modernbert":
+        kinds = {"global_rope_theta": "full_attention", "local_rope_theta": "sliding_attention"}
+        inner |= {key: rope[kind]["rope_theta"] for key, kind in kinds.items()} | {"global_attn_every_n_layers": 3}
+        return
     if "full_attention" in rope:
         inner["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         inner["sliding_window_pattern"] = inner.pop("_sliding_window_pattern", 6)
@@ -420,6 +464,9 @@ def test_fused_experts(family: str, names: str, picos: Callable[[str], Path], tm
     [
         ("gpt2", lambda n: n.removeprefix("transformer.")),
         ("bert", lambda n: "bert." + n.replace("LayerNorm.weight", "LayerNorm.gamma")),
+        ("roberta", lambda n: "roberta." + n),
+        ("modernbert", lambda n: "model." + n),
+        ("nomic_bert", lambda n: "bert." + n),
         ("gemma3", lambda n: n.replace("language_model.model.", "model.language_model.")),
     ],
 )
@@ -519,6 +566,24 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("granite", {"attention_multiplier": 0}, "attention_multiplier is 0"),
     ("bert", {"is_decoder": True}, "is_decoder is True"),
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+    ("bert", {"architectures": ["JinaBertForMaskedLM"], "position_embedding_type": "alibi"}, "JinaBertForMaskedLM"),
+    ("roberta", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+    ("roberta", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ("roberta", {"pad_token_id": 300}, "max_position_embeddings is 258"),
+    ("xlm_roberta", {"lora_adaptations": ["retrieval.query"]}, "lora_adaptations is ['retrieval.query']"),
+    ("modernbert", {"hidden_activation": "relu"}, "hidden_activation is 'relu'"),
+    ("modernbert", {"norm_bias": True}, "norm_bias is True"),
+    ("modernbert", {"attention_bias": True}, "attention_bias is True"),
+    ("modernbert", {"mlp_bias": True}, "mlp_bias is True"),
+    ("modernbert", {"rope_parameters": {"full_attention": pico.YARN, "sliding_attention": {}}}, "rope type 'yarn'"),
+    ("modernbert", {"layer_types": ["chunked_attention"] * 5}, "expected 5 of"),
+    ("modernbert", {"layer_types": ["sliding_attention"] * 5}, "every layer of this family has a window"),
+    ("nomic_bert", {"activation_function": "geglu"}, "activation_function is 'geglu'"),
+    ("nomic_bert", {"moe_every_n_layers": 2}, "moe_every_n_layers is 2"),
+    ("nomic_bert", {"num_experts": 8}, "num_experts is 8"),
+    ("nomic_bert", {"rotary_emb_interleaved": True}, "rotary_emb_interleaved is True"),
+    ("nomic_bert", {"rotary_scaling_factor": 2.0}, "rotary_scaling_factor is 2.0"),
+    ("nomic_bert", {"qkv_proj_bias": True}, "qkv_proj_bias is True"),
 ]
 
 

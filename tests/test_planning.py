@@ -60,6 +60,31 @@ def test_cache_and_buffers_are_what_llama_cpp_allocates(tmp_path: Path, context:
     assert planned <= real * 1.35
 
 
+@pytest.mark.parametrize(("family", "above"), [("modernbert", 1.35), ("xlm_roberta", 2.5)])
+def test_an_encoder_holds_the_whole_text(family: str, above: float, tmp_path: Path) -> None:
+    """The same judge: every token of the longest text at once. Without a gate in its blocks it needs half of that."""
+    import llama_cpp.llama_cpp as api
+
+    wide = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "max_position_embeddings": 2050}
+    made = {"modernbert": pico.modernbert, "xlm_roberta": pico.xlm_roberta}[family](tmp_path / "m", **wide)
+    options = Options(out=tmp_path / "out", quant="Q8_0", verify="none", calibration="none")
+    decided = pipeline.convert(made, "host", options).plan
+    log: list[str] = []
+    callback = api.llama_log_callback(lambda _level, text, _user: log.append((text or b"").decode("utf-8", "replace")))
+    _KEPT.append(callback)
+    api.llama_log_set(callback, None)
+    path = next((tmp_path / "out").glob("*.gguf"))
+    model: Any = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+    params = api.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 2048
+    params.embeddings, params.pooling_type = True, api.LLAMA_POOLING_TYPE_MEAN
+    api.llama_free(api.llama_init_from_model(model, params))
+    api.llama_model_free(model)
+    planned, real = planning.compute_bytes(decided.geometry, 2048), printed(log, "compute buffer") * 2**20
+    assert real <= planned * 1.02, "a plan must not promise too much"
+    assert planned <= real * above
+
+
 def test_a_sliding_window_keeps_the_window_and_a_micro_batch() -> None:
     layers = (LayerGeometry(1, 64, 64, 512), LayerGeometry(1, 64, 64))
     geometry = Geometry(64, 1, 1, 64, 64, 8192, layers)

@@ -1,7 +1,7 @@
 """What a model family calls its tensors, what each is for, and how each *output* tensor is made. One file a family.
 
 Knows names, shapes, metadata and KV geometry; knows no number format and reads no weight before it is asked to.
-A family is the module called like config.json's `model_type`; it holds one `FAMILY`.
+A family is the module called like config.json's `model_type`, a dash as an underscore; it holds one `FAMILY`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def find(checkpoint: Checkpoint) -> Family:
     families = shelf.names(__name__)
     if kind is None and classes:
         kind = next((name for name in families if _offered(name).architectures[0] == classes[0]), None)
-    if not isinstance(kind, str) or kind not in families:
+    if not isinstance(kind, str) or _module(kind) not in families:
         raise _unknown("model family", kind if isinstance(kind, str) else " ".join(classes) or "?", families)
-    family = _offered(kind)
+    family = _offered(_module(kind))
     if classes and not set(classes) & set(family.architectures):
         error = _unknown(f"{kind} model class", classes[0], family.architectures)
         if other := next((name for name in families if classes[0] in _offered(name).architectures), None):
@@ -66,6 +66,10 @@ def blueprint(checkpoint: Checkpoint) -> Blueprint:
     from edgekit.arch._family import build
 
     return build(find(checkpoint), checkpoint)
+
+
+def _module(model_type: str) -> str:
+    return model_type.replace("-", "_")
 
 
 def _offered(name: str) -> Family:

@@ -32,7 +32,8 @@ EMBED, HEAD = "token_embd.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a model. `head` is the width of one attention head, `shared` of the shared expert's middle."""
+    """Sizes of a model. `head` is the width of one attention head, `shared` of the shared expert's middle, `labels` of
+    a classifier's logits; `skipped` rows of a position table come before the first position."""
 
     hidden: int
     layers: int
@@ -47,15 +48,19 @@ class Dims:
     expert_ffn: int = 0
     shared: int = 0
     types: int = 0
+    skipped: int = 0
+    labels: int = 0
 
     def size(self, axis: Axis) -> int:
-        """A size by the name tables use; `q`, `kv` and `qkv` are widths of projections, `2x` is twice `x`."""
+        """A size by the name tables use; `q`, `kv` and `qkv` are widths of projections, `2x` is twice `x`,
+        `positions` the rows of a position table."""
         if isinstance(axis, int):
             return axis
         if axis.startswith("2"):
             return 2 * self.size(axis[1:])
         q, kv = self.heads * self.head, self.kv_heads * self.head
-        return {"q": q, "kv": kv, "qkv": q + 2 * kv}.get(axis) or int(getattr(self, axis))
+        made = {"q": q, "kv": kv, "qkv": q + 2 * kv, "positions": self.context + self.skipped}
+        return made.get(axis) or int(getattr(self, axis))
 
 
 @dataclass(frozen=True)
@@ -72,18 +77,21 @@ class Source:
 class Output:
     """One tensor of the GGUF, {l} for the layer. Several sources are alternatives: checkpoints spell them differently.
 
-    `when` names a switch of the Reading without which the tensor does not exist.
+    `when` names a switch of the Reading without which the tensor does not exist; layers before `first` have none.
     """
 
     name: str
     role: Role
     sources: tuple[Source, ...]
     when: str = ""
+    first: int = 0
 
 
-def output(name: str, role: Role, source: str, *shape: Axis, make: Maker = as_is, when: str = "") -> Output:
+def output(
+    name: str, role: Role, source: str, *shape: Axis, make: Maker = as_is, when: str = "", first: int = 0
+) -> Output:
     """An Output with one source."""
-    return Output(name, role, (Source(source, shape, make),), when)
+    return Output(name, role, (Source(source, shape, make),), when, first)
 
 
 @dataclass(frozen=True)
@@ -267,7 +275,7 @@ def _equals_embedding(family: Family, reading: Reading, tensors: _Tensors) -> bo
 def _layers(o: Output, reading: Reading) -> Iterable[int]:
     if o.when and o.when not in reading.switches:
         return ()
-    return range(reading.dims.layers) if "{l}" in o.name else (0,)
+    return range(o.first, reading.dims.layers) if "{l}" in o.name else (0,)
 
 
 def _made(o: Output, reading: Reading, tensors: _Tensors, layer: int) -> Made:

@@ -31,6 +31,7 @@ _WINDOWED: Mapping[str, tuple[int, bool]] = {
     "gemma3": (6, False),
     "gemma3n": (5, False),
     "gpt-oss": (2, False),
+    "modern-bert": (3, True),
     "olmo2": (4, False),
     "plamo3": (8, False),
     "smallthinker": (4, True),

@@ -27,6 +27,17 @@ def as_is(refs: Sequence[TensorRef], size: Sizes) -> tuple[tuple[int, ...], Stre
     return ref.shape, _spans([(ref, 0, _rows(ref))], ref.shape[-1])
 
 
+def behind(skipped: str) -> Maker:
+    """A matrix without its first rows, as many as the size called `skipped` says."""
+
+    def make(refs: Sequence[TensorRef], size: Sizes) -> tuple[tuple[int, ...], Stream]:
+        (ref,) = refs
+        rows, cols = ref.shape
+        return (rows - size(skipped), cols), _spans([(ref, size(skipped), rows)], cols)
+
+    return make
+
+
 def stacked(refs: Sequence[TensorRef], size: Sizes) -> tuple[tuple[int, ...], Stream]:
     """Tensors of one shape, stacked along a new first axis; read one after the other."""
     return (len(refs), *refs[0].shape), _spans([(r, 0, _rows(r)) for r in refs], refs[0].shape[-1])

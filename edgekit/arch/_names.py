@@ -26,6 +26,7 @@ _PARTS = {
     "ffn_gate_inp": Role.ROUTER,
     "ffn_gate_inp_shexp": Role.ROUTER,
 }
+CLASSIFIER = "cls.output.weight"
 _EXPERTS = re.compile(r"(ffn_(?:gate_up|gate|up|down))(?:_exps|_shexp|_chexps)$")
 _BLOCK = re.compile(r"(?:\w+\.)?blk\.(\d+)\.")
 
@@ -58,9 +59,10 @@ def stays_float32(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a converted tensor is stored as float32 whatever the preset.
 
     llama.cpp's conversion (`prepare_tensors`) writes vectors, norms, routers and position and token-type tables as
-    F32; llama-quantize then leaves all of them as they are.
+    F32; llama-quantize then leaves all of them as they are. The last matrix of a classifier, a row a label, stays too:
+    every score is one of its products.
     """
-    if len(shape) <= 1 or not name.endswith(".weight") or name.endswith("_norm.weight"):
+    if len(shape) <= 1 or not name.endswith(".weight") or name.endswith("_norm.weight") or name == CLASSIFIER:
         return True
     return role_of(name) in (Role.ROUTER, Role.POSITION, Role.TOKEN_TYPE)
 

@@ -107,3 +107,8 @@ class Blueprint:
     geometry: Geometry
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it ends in a head that scores."""
+        return f"{self.arch}.classifier.output_labels" in self.metadata

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from edgekit.arch._config import Settings
 from edgekit.arch._decoder import GELU, B, keys, layer_norm, read_dims, square_heads
-from edgekit.arch._family import Family, Output, Reading, output
+from edgekit.arch._family import Dims, Family, Output, Reading, output
+from edgekit.arch._heads import pooling
 from edgekit.arch._types import Role
-from edgekit.embedding import read_pooling
-from edgekit.errors import UnsupportedModel
 from edgekit.gguf_file import MetaValue
 
 _E, _L = "embeddings.", "encoder.layer.{l}."
 
 
-def _normed(name: str, source: str) -> tuple[Output, Output]:
+def normed(name: str, source: str) -> tuple[Output, Output]:
+    """A norm's weight and bias."""
     return (
         output(name + ".weight", Role.NORM, source + ".weight", "hidden"),
         output(name + ".bias", Role.NORM, source + ".bias", "hidden"),
@@ -34,15 +34,15 @@ TABLE = (
     output("token_embd.weight", Role.EMBED, _E + "word_embeddings.weight", "vocab", "hidden"),
     output("position_embd.weight", Role.POSITION, _E + "position_embeddings.weight", "context", "hidden"),
     output("token_types.weight", Role.TOKEN_TYPE, _E + "token_type_embeddings.weight", "types", "hidden"),
-    *_normed("token_embd_norm", _E + "LayerNorm"),
+    *normed("token_embd_norm", _E + "LayerNorm"),
     *_linear("attn_q", Role.ATTN_Q, "attention.self.query", "hidden", "hidden"),
     *_linear("attn_k", Role.ATTN_K, "attention.self.key", "hidden", "hidden"),
     *_linear("attn_v", Role.ATTN_V, "attention.self.value", "hidden", "hidden"),
     *_linear("attn_output", Role.ATTN_O, "attention.output.dense", "hidden", "hidden"),
-    *_normed(B + "attn_output_norm", _L + "attention.output.LayerNorm"),
+    *normed(B + "attn_output_norm", _L + "attention.output.LayerNorm"),
     *_linear("ffn_up", Role.FFN_UP, "intermediate.dense", "ffn", "hidden"),
     *_linear("ffn_down", Role.FFN_DOWN, "output.dense", "hidden", "ffn"),
-    *_normed(B + "layer_output_norm", _L + "output.LayerNorm"),
+    *normed(B + "layer_output_norm", _L + "output.LayerNorm"),
 )
 DEFAULTS = {
     "hidden_act": "gelu",
@@ -52,9 +52,6 @@ DEFAULTS = {
     "type_vocab_size": 2,
     "vocab_size": 30522,
 }
-
-POOLING = {"mean": 1, "cls": 2, "lasttoken": 3}
-"""llama_pooling_type by the name in sentence-transformers."""
 
 
 def canonical(name: str) -> str:
@@ -66,32 +63,29 @@ def canonical(name: str) -> str:
     return name
 
 
-def read(s: Settings, root: Path) -> Reading:
-    """BERT; pooling as the files of sentence-transformers beside it say."""
+def needed(s: Settings) -> None:
+    """What llama.cpp's graph has built in. Raises UnsupportedModel."""
     s.needs("hidden_act", GELU, "llama.cpp computes GELU for this family")
     s.needs("is_decoder", (False,), "llama.cpp attends in both directions in this family")
+
+
+def read_sizes(s: Settings) -> Dims:
+    """Sizes of BERT and its kin, which has no groups of heads."""
     d = read_dims(s)
     square_heads(s, d)
-    d = replace(d, kv_heads=d.heads, types=s.integer("type_vocab_size"))
-    metadata = keys(d) | layer_norm(s, "layer_norm_eps") | {"attention.causal": False} | pooling(root)
-    return Reading(d, metadata, causal=False)
+    return replace(d, kv_heads=d.heads, types=s.integer("type_vocab_size"))
 
 
-def pooling(root: Path) -> dict[str, MetaValue]:
-    """How token vectors become one, as the files of sentence-transformers say. Empty where there are none.
+def metadata(s: Settings, d: Dims) -> dict[str, MetaValue]:
+    """Keys of BERT and its kin, without what comes behind the last layer."""
+    return keys(d) | layer_norm(s, "layer_norm_eps") | {"attention.causal": False}
 
-    Raises UnsupportedModel for pooling or modules that llama.cpp does not compute, CorruptCheckpoint.
-    """
-    said = read_pooling(root)
-    if not said.stated:
-        return {}
-    if len(said.kinds) > 1 or said.kinds[0] not in POOLING:
-        raise UnsupportedModel(f"pooling {said.kind}: llama.cpp computes {', '.join(POOLING)}", "try --format onnx")
-    if said.dense:
-        raise UnsupportedModel("modules.json: Dense: llama.cpp computes nothing after pooling", "try --format onnx")
-    if not said.include_prompt:
-        raise UnsupportedModel("pooling without the prompt: llama.cpp pools every token", "try --format onnx")
-    return {"pooling_type": POOLING[said.kinds[0]]}
+
+def read(s: Settings, root: Path) -> Reading:
+    """BERT; pooling as the files of sentence-transformers beside it say."""
+    needed(s)
+    d = read_sizes(s)
+    return Reading(d, metadata(s, d) | pooling(root), causal=False)
 
 
 _LEFT_OUT = ("embeddings.position_ids", "pooler.*", "cls.*")

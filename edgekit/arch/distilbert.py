@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgekit.arch import bert
 from edgekit.arch._config import Settings
 from edgekit.arch._decoder import GELU, B, keys
 from edgekit.arch._family import MAX_LAYERS, Dims, Family, Output, Reading, output
+from edgekit.arch._heads import pooling
 from edgekit.arch._types import Role
 
 _E, _L = "embeddings.", "transformer.layer.{l}."
@@ -67,7 +67,7 @@ def read(s: Settings, root: Path) -> Reading:
         vocab=s.integer("vocab_size"),
         context=s.integer("max_position_embeddings"),
     )
-    metadata = keys(d) | {"attention.layer_norm_epsilon": EPSILON, "attention.causal": False} | bert.pooling(root)
+    metadata = keys(d) | {"attention.layer_norm_epsilon": EPSILON, "attention.causal": False} | pooling(root)
     return Reading(d, metadata, causal=False)
 
 

@@ -124,7 +124,7 @@ def bytes_per_token(path: Path) -> int:
     each); of a mixture's experts only the share that is active.
     """
     files = [open_gguf(shard) for shard in _shards(path)]
-    tied = not any("output.weight" in f.tensors for f in files)
+    tied = not _is_encoder(files[0]) and not any("output.weight" in f.tensors for f in files)
     tables = {"position_embd.weight", "token_types.weight"} | (set() if tied else {"token_embd.weight"})
     share = _active_share(files[0])
     total = 0.0

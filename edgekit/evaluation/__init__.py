@@ -16,6 +16,7 @@ from edgekit.evaluation._floor import jitter, noise_floor
 from edgekit.evaluation._models import (
     Model,
     candidate_of,
+    must_compare,
     reference_for,
     same_kind,
     stored_predictions,
@@ -56,6 +57,7 @@ def evaluate(
     different vocabularies and texts that are too short.
     """
     candidate = candidate_of(ref)
+    must_compare(candidate)
     if options.tasks:
         tasks.require()
     if options.save and not options.save.absolute().parent.is_dir():

@@ -19,6 +19,7 @@ from edgekit.planning import Plan
 from edgekit.quality import Stored
 from edgekit.reference import CompactReference
 from edgekit.runtime import Session
+from edgekit.runtime.llama_cpp import POOLING
 from edgekit.runtime.opening import engine_of, open_session
 from edgekit.target import Target
 from edgekit.units import Progress
@@ -154,6 +155,18 @@ def work_folder(path: Path) -> Path:
     """Beside the model, since /tmp may be memory; elsewhere when that cannot be written."""
     folder = path.absolute().parent
     return folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def must_compare(model: Model) -> None:
+    """Raise EdgekitError for a GGUF that scores: `similarity` knows vectors alone."""
+    if model.engine != "gguf":
+        return
+    file = open_gguf(model.path)
+    if file.get(f"{file.get('general.architecture')}.pooling_type") == POOLING["rank"]:
+        raise EdgekitError(
+            f"{model.name} is a classifier: eval compares predictions and vectors, not scores",
+            "edgekit certify proves it against the model that it was made from",
+        )
 
 
 def same_kind(candidate: Model, other: Model) -> None:

@@ -202,7 +202,7 @@ def _make(conversion: Conversion, job: _Job, progress: Progress) -> Conversion:
 def _carry(source: Source, stage: Path) -> None:
     """An encoder's own files say how its token vectors become one, and how long a text may be: no GGUF key does."""
     root = source.checkpoint.root
-    if source.blueprint.geometry.causal or source.checkpoint.kind == "gguf":
+    if source.blueprint.geometry.causal or source.blueprint.classifies or source.checkpoint.kind == "gguf":
         return
     for name in embedding.files_of(root):
         (stage / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from edgekit.batches import Text
 from edgekit.chat import Template
-from edgekit.embedding import Pooling, finish, read_pooling, shortened
+from edgekit.classify import Labels
+from edgekit.classify import scores as scored
+from edgekit.embedding import Pooling, finish, read_pooling, shortened, shortened_pair
 from edgekit.errors import EdgekitError, RuntimeFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.host import detect
@@ -42,7 +45,7 @@ KV_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5
 FLASH: dict[str, int] = {"auto": -1, "off": 0, "on": 1}
 """llama_flash_attn_type (llama.h)."""
 
-POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
+POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 """llama_pooling_type (llama.h)."""
 
 _OUTPUT_BUDGET = 64 * MIB
@@ -104,6 +107,21 @@ class Model:
     @cached_property
     def add_bos(self) -> bool:
         return bool(self._api.llama_vocab_get_add_bos(self._vocab))
+
+    @cached_property
+    def pair_frame(self) -> tuple[list[int], list[int], list[int]]:
+        """Tokens before two texts that are read together, behind each of them, and between them beside that."""
+        api, vocab = self._api, self._vocab
+        sep = _token_or_none(api.llama_vocab_sep(vocab))
+
+        def kept(token: int | None, wanted: bool) -> list[int]:
+            return [token] if wanted and token is not None else []
+
+        return (
+            kept(self.bos, self.add_bos),
+            kept(self.eos, api.llama_vocab_get_add_eos(vocab)),
+            kept(sep, api.llama_vocab_get_add_sep(vocab)),
+        )
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -467,8 +485,9 @@ class LlamaSession(Writer):
         None). Where there are none, vectors have length 1 and a text that does not fit is refused. Raises RuntimeFailed
         if not opened for embeddings, UnknownName.
         """
-        if not self._embeddings:
-            raise RuntimeFailed("the session was not opened for embeddings", "open it with embeddings=True")
+        self._must_be_encoder()
+        if self.scoring:
+            raise RuntimeFailed(f"{self.model.path.name} is a classifier: it gives no vectors", "call scores")
         pooling, lead = self.pooling, self.pooling.prompt(prompt, prompt_name)
         if lead and not pooling.include_prompt:
             raise RuntimeFailed("llama.cpp pools the prompt with the text; this model must not", "use --format onnx")
@@ -478,10 +497,63 @@ class LlamaSession(Writer):
             ids = self._admitted(self._cut(whole.lower() if pooling.lower else whole))
             if not len(ids):
                 raise RuntimeFailed("an empty text has no embedding", "leave it out")
-            self._take_turn(forget=True)
-            self.context.decode(ids, 0, 0)
-            row[:] = _copy(self._api.llama_get_embeddings_seq(self.context.handle, 0), len(row))
+            row[:] = self._pooled(ids, len(row))
         return finish(out, pooling, normalize=normalize if pooling.stated or normalize is not None else True)
+
+    def _pooled(self, ids: Tokens, width: int) -> Logits:
+        """What `ids`, read alone, become -> float32 (width,)."""
+        self._take_turn(forget=True)
+        self.context.decode(ids, 0, 0)
+        return _copy(self._api.llama_get_embeddings_seq(self.context.handle, 0), width)
+
+    def _must_be_encoder(self) -> None:
+        if not self._embeddings:
+            raise RuntimeFailed("the session was not opened for embeddings", "open it with embeddings=True")
+
+    @cached_property
+    def scoring(self) -> bool:
+        """Whether the model ends in a head that scores: a classifier or reranker, which has no vectors to give."""
+        return bool(self._api.llama_pooling_type(self.context.handle) == POOLING["rank"])
+
+    @cached_property
+    def labels(self) -> Labels:
+        """What the columns of `scores` are called, and the function behind the head; a file of another tool's says
+        nothing of that: a sigmoid of one label, the logits of several."""
+        count = int(self._api.llama_model_n_cls_out(self.model.handle))
+        file = open_gguf(self.model.path)
+        arch = file.get("general.architecture")
+        stated = file.get(f"{arch}.classifier.output_labels")
+        known = isinstance(stated, list | tuple) and len(stated) == count
+        names = map(str, stated) if known else (f"LABEL_{i}" for i in range(count))
+        function = file.get(f"{arch}.classifier.function")
+        return Labels(tuple(names), str(function) if function else "sigmoid" if count == 1 else "none")
+
+    def scores(self, texts: Sequence[Text]) -> Logits:
+        """Scores of texts, or of pairs read together -> float32 (len(texts), labels); columns are `labels.names`.
+
+        Probabilities as transformers' pipeline gives them, or for a reranker what sentence-transformers' CrossEncoder
+        does. What is longer than the context is cut, of a pair the longer text first, which `notes` tells. Raises
+        RuntimeFailed.
+        """
+        self._must_be_encoder()
+        if not self.scoring:
+            raise RuntimeFailed(f"{self.model.path.name} is no classifier: it gives vectors", "call embed")
+        logits = np.empty((len(texts), len(self.labels.names)), np.float32)
+        for row, text in zip(logits, texts, strict=True):
+            ids = self._cut(text) if isinstance(text, str) else self.pair(*text)
+            row[:] = self._pooled(self._admitted(ids), len(row))
+        return scored(logits, self.labels)
+
+    def pair(self, first: str, second: str) -> list[int]:
+        """Tokens of two texts that are read together, framed as llama.cpp's server frames them: what the vocabulary
+        puts around a text, and between two of them the token of `add_sep_token` if it says so."""
+        before, behind, between = self.model.pair_frame
+        parts = [self.tokenize(text, add_special=False) for text in (first, second)]
+        room = self._room() - len(before) - 2 * len(behind) - len(between)
+        if sum(map(len, parts)) > room:
+            self._note_cut(self._room())
+            parts = list(shortened_pair(parts[0], parts[1], room))
+        return [*before, *parts[0], *behind, *between, *parts[1], *behind]
 
     def _cut(self, text: str) -> list[int]:
         """Tokens of `text`, as many as the model's files allow; the special ones around it stay.
@@ -489,15 +561,21 @@ class LlamaSession(Writer):
         Raises RuntimeFailed beyond the positions that an encoder has: the engine would end the process.
         """
         ids = self.tokenize(text, add_special=True)
-        room = min(self.n_ctx, self.model.n_ctx_train or self.n_ctx)
-        limit = min(self.pooling.max_length or room, room)
-        if len(ids) > room and not self.pooling.stated:
+        room, cuts = self._room(), self.scoring or self.pooling.stated
+        if len(ids) > room and not cuts:
             raise RuntimeFailed(f"{len(ids)} tokens do not fit in a context of {room}", "shorten the text")
-        if not self.pooling.stated or len(ids) <= limit:
+        limit = room if self.scoring else min(self.pooling.max_length or room, room)
+        if not cuts or len(ids) <= limit:
             return ids
+        self._note_cut(limit)
+        return shortened(ids, self.tokenize(text, add_special=False), limit)
+
+    def _room(self) -> int:
+        return min(self.n_ctx, self.model.n_ctx_train or self.n_ctx)
+
+    def _note_cut(self, limit: int) -> None:
         if not any("are cut" in note for note in self.notes):
             self.notes = (*self.notes, f"texts of more than {limit} tokens are cut to that")
-        return shortened(ids, self.tokenize(text, add_special=False), limit)
 
     def timings(self) -> Timings:
         spent = self.context.spent
@@ -706,6 +784,8 @@ def _context_params(model: Model, settings: ContextSettings, threads: int) -> An
 
 def _pooling(model: Model, wanted: str | None) -> int:
     """The pooling asked for, else the model's own, else the mean (a decoder names none)."""
+    if wanted == "rank" and not {"cls.weight", "cls.output.weight"} & open_gguf(model.path).tensors.keys():
+        raise RuntimeFailed(f"{model.path.name} has no head that scores", "leave out pooling=")
     if wanted is not None:
         return _named({k: v for k, v in POOLING.items() if k != "none"}, wanted, "pooling")
     facts = model.metadata()

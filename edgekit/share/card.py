@@ -31,14 +31,14 @@ def write(
         f"| speed on {target.title} | {_speed(decided)} |",
     ]
     lines += [f"| {name} | {detail} |" for name, detail in checks.items()]
-    lines += [
-        "",
-        "## Use",
-        "```",
-        f"edgekit run .                         # or: llama-cli -m {file_name}",
-    ]
+    lines += ["", "## Use"]
     if decided.geometry.causal:
+        lines += ["```", f"edgekit run .                         # or: llama-cli -m {file_name}"]
         lines.append(f"ollama create {checkpoint.name.lower()} -f Modelfile")
+    elif decided.blueprint.classifies:
+        lines += ["```python", "import edgekit", "scores = edgekit.load('.').scores([('A question?', 'A document.')])"]
+    else:
+        lines += ["```python", "import edgekit", "vectors = edgekit.load('.').embed(['A sentence.'])"]
     lines += ["```", "", "Everything that was decided and checked is in `edgekit.json`."]
     return "\n".join(lines) + "\n"
 

@@ -16,7 +16,7 @@ from edgekit.gguf_file import MetaValue, Typed
 from edgekit.vocab import bpe, sentencepiece, special, unigram, wordpiece
 from edgekit.vocab.built import NORMAL, PAD_SCORE, UNUSED, Built, Limit, check_unique
 from edgekit.vocab.equivalent import tokenizer_json
-from edgekit.vocab.files import Added, Files, added_tokens, read_files
+from edgekit.vocab.files import FAIRSEQ, Added, Files, added_tokens, read_files
 from edgekit.vocab.limits import added_limits, forced_limits, literal_limits, name_hint, normalized_limits
 from edgekit.vocab.probe import Probe
 from edgekit.vocab.protobuf import BPE, UNIGRAM, SentencePiece, read_sentencepiece
@@ -148,7 +148,12 @@ def read_vocabulary(root: Path, config: Mapping[str, Any], *, rows: int | None =
     rows = _rows(config) if rows is None else rows
     model = _sentencepiece(files)
     if files.tokenizer is None:
-        assert model is not None
+        assert model is not None and files.spm is not None
+        if files.spm.name == FAIRSEQ:
+            raise UnsupportedVocabulary(
+                f"{files.spm}: such a model is numbered otherwise in the file than in the embedding (fairseq)",
+                "put the model's tokenizer.json beside it: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            )
         built = _from_model(model, added, files)
     else:
         built = _from_json(files, added, model)
@@ -212,14 +217,15 @@ def _finish(
     frame = special.frame_of(tokenizer, built.tokens) if files.tokenizer else special.frame_of_config(files, model)
     found = special.find(files, built.tokens, frame, _roles(tokenizer, model, built))
     check_unique(built.tokens)
-    segments = files.model_config.get("type_vocab_size", 2 if built.model == "bert" else None)
+    kin = built.model == "bert" or files.model_config.get("model_type") in ("bert", "roberta", "xlm-roberta")
+    segments = files.model_config.get("type_vocab_size", 2 if kin else None)
     if isinstance(segments, int) and segments > 0:  # BERT's: its runtime reads it with the vocabulary
         built.extra["tokenizer.ggml.token_type_count"] = segments
     limits = [*built.limits, *added_limits(added), *special.frame_limits(frame, built.tokens)]
     limits += normalized_limits(tokenizer, added)
     limits += [*literal_limits(built.model, added), *forced_limits(built)]
-    if frame.pair_sep and built.model in ("bert", "gpt2"):
-        built.extra["tokenizer.ggml.add_sep_token"] = True
+    if frame.pair_sep is not None and built.model in ("bert", "gpt2", "t5"):
+        built.extra["tokenizer.ggml.add_sep_token"] = frame.pair_sep
     return Vocabulary(
         model=built.model,
         pre=built.pre,

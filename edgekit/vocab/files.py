@@ -14,7 +14,8 @@ from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
 MAX_JSON_BYTES = 192 << 20  # six times the largest tokenizer.json seen (Gemma 3, 33 MB)
 MAX_TEXT_BYTES = 4 << 20
 MAX_MODEL_BYTES = 64 << 20
-SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+FAIRSEQ = "sentencepiece.bpe.model"  # XLM-RoBERTa's name for it, and that of its kin
+SENTENCEPIECE_NAMES = ("tokenizer.model", "spiece.model", FAIRSEQ)
 
 Json = Mapping[str, Any]
 
@@ -69,7 +70,7 @@ class Files:
 def read_files(root: Path, model_config: Json) -> Files:
     """What the Hugging Face folder holds. Raises CorruptCheckpoint, UnsupportedVocabulary if there is nothing."""
     config = _object(root / "tokenizer_config.json") or {}
-    tokenizer = _object(root / "tokenizer.json") or _from_vocab_and_merges(root, config)
+    tokenizer = _object(root / "tokenizer.json") or _from_vocab_and_merges(root, config, model_config)
     spm = next((p for name in SENTENCEPIECE_NAMES if (p := root / name).is_file()), None)
     if tokenizer is None and spm is None:
         raise _nothing_usable(root)
@@ -161,8 +162,9 @@ def _named_specials(files: Files) -> set[str]:
     return {text for role in roles if (text := files.special_text(role))}
 
 
-def _from_vocab_and_merges(root: Path, config: Json) -> dict[str, Any] | None:
-    """The tokenizer.json that a GPT-2 style vocab.json + merges.txt stand for (byte-level BPE)."""
+def _from_vocab_and_merges(root: Path, config: Json, model_config: Json) -> dict[str, Any] | None:
+    """The tokenizer.json that a GPT-2 style vocab.json + merges.txt stand for (byte-level BPE). RoBERTa's kind puts
+    tokens around a text, which such files do not say."""
     vocab, merges_file = _object(root / "vocab.json"), root / "merges.txt"
     if vocab is None or not merges_file.is_file():
         return None
@@ -178,18 +180,34 @@ def _from_vocab_and_merges(root: Path, config: Json) -> dict[str, Any] | None:
         for k, v in (decoder.items() if isinstance(decoder, dict) else ())
         if str(k).isdecimal() and isinstance(v, dict)
     ]
+    roberta = model_config.get("model_type") == "roberta"
     return {
         "version": "1.0",
-        "added_tokens": added or _guessed_specials(vocab),
+        "added_tokens": added or (_roberta_specials(vocab) if roberta else _guessed_specials(vocab)),
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True},
-        "post_processor": None,
+        "post_processor": _roberta_frame(root, vocab) if roberta else None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
 
 
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+
+
+def _roberta_specials(vocab: Json) -> list[dict[str, Any]]:
+    """What transformers' RobertaTokenizer takes for special by itself."""
+    names = [name for name in ("<s>", "<pad>", "</s>", "<unk>", "<mask>") if name in vocab]
+    return [{**_PLAIN, "id": vocab[n], "content": n, "special": True} for n in names]
+
+
+def _roberta_frame(root: Path, vocab: Json) -> dict[str, Any]:
+    if not {"<s>", "</s>"} <= vocab.keys():
+        raise UnsupportedVocabulary(
+            f"{root / 'vocab.json'}: no <s> and </s>", "put the model's tokenizer.json beside it"
+        )
+    return {"type": "RobertaProcessing", "cls": ["<s>", vocab["<s>"]], "sep": ["</s>", vocab["</s>"]],
+            "trim_offsets": True, "add_prefix_space": False}  # fmt: skip
 
 
 def _guessed_specials(vocab: Json) -> list[dict[str, Any]]:

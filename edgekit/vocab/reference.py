@@ -17,6 +17,9 @@ class Reference(Protocol):
     def encode(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
         """Token ids. Without `parse_special` the text of a special token is ordinary text."""
 
+    def pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Token ids of two texts that are read together, special ones included, and the segment of each."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
 
@@ -44,6 +47,11 @@ class TokenizerJson:
     def encode(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
         self._tokenizer.encode_special_tokens = not parse_special
         return list(self._tokenizer.encode(text, add_special_tokens=add_special).ids)
+
+    def pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        self._tokenizer.encode_special_tokens = False
+        encoded = self._tokenizer.encode(first, second)
+        return list(encoded.ids), list(encoded.type_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -65,11 +65,15 @@ STOP_TEXTS = frozenset(
 
 @dataclass(frozen=True)
 class Frame:
-    """What the post-processor puts around a text: token ids before and after, as the files have them."""
+    """What the post-processor puts around a text: token ids before and after, as the files have them.
+
+    `pair_sep`: whether two texts have one token more between them than one has after it, which is what llama.cpp's
+    add_sep_token means where pairs are read; None where the files say nothing of pairs.
+    """
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
-    pair_sep: bool = False
+    pair_sep: bool | None = None
 
 
 @dataclass
@@ -87,16 +91,17 @@ def frame_of(tokenizer: Mapping[str, Any], tokens: Sequence[str | None]) -> Fram
     """From TemplateProcessing, BertProcessing, RobertaProcessing, or a Sequence of them."""
     before: list[int] = []
     after: list[int] = []
-    sep = False
+    sep: bool | None = None
     for part in parts(tokenizer.get("post_processor"), "processors"):
         if part.get("type") == "TemplateProcessing":
             first, last = _template(part, tokens)
             before, after = first + before, after + last
-            sep = sep or _pair_needs_sep(part)
+            between = _between(part)
+            sep = sep if between is None else between == len(after) + 1
         elif part.get("type") in ("RobertaProcessing", "BertProcessing"):
             before.insert(0, int(part["cls"][1]))
             after.append(int(part["sep"][1]))
-            sep = True
+            sep = part["type"] == "RobertaProcessing"
     return Frame(tuple(before), tuple(after), sep)
 
 
@@ -126,13 +131,13 @@ def _template(part: Mapping[str, Any], tokens: Sequence[str | None]) -> tuple[li
     return before, after
 
 
-def _pair_needs_sep(part: Mapping[str, Any]) -> bool:
-    """Whether a pair of texts has a special token between them."""
+def _between(part: Mapping[str, Any]) -> int | None:
+    """How many special tokens are between two texts; None where a template has no two."""
     kinds = ["Sequence" if "Sequence" in item else "SpecialToken" for item in part.get("pair") or ()]
     if kinds.count("Sequence") != 2:
-        return False
+        return None
     start = kinds.index("Sequence")
-    return kinds[start + 1] != "Sequence"
+    return kinds.index("Sequence", start + 1) - start - 1
 
 
 def frame_limits(frame: Frame, tokens: Sequence[str | None]) -> list[Limit]:

@@ -6,7 +6,7 @@ import base64
 import itertools
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgekit.errors import CorruptCheckpoint, UnsupportedVocabulary
@@ -16,7 +16,8 @@ from edgekit.vocab.files import Added, Json
 from edgekit.vocab.protobuf import SentencePiece
 from edgekit.vocab.spaces import Part, parts
 
-_RUN = re.compile(r"(\S)\1{4}")
+_RUN = re.compile(r"(\S)\1+")
+_LONG = 5  # characters of a run that may be cut at several places whatever the vocabulary holds
 
 
 def from_json(tokenizer: Json, added: Mapping[int, Added]) -> Built:
@@ -37,7 +38,11 @@ def from_json(tokenizer: Json, added: Mapping[int, Added]) -> Built:
     if isinstance(unk, int) and 0 <= unk < len(types):
         types[unk] = UNKNOWN
     prefix, merge_spaces = _spaces(tokenizer)
-    built = _built(tokens, scores, types, _charsmap(tokenizer), prefix, merge_spaces)
+    charsmap = _charsmap(tokenizer)
+    built = _built(tokens, scores, types, charsmap, prefix, merge_spaces)
+    if not charsmap and any(p.get("type") == "WhitespaceSplit" for p in _pre_tokenizers(tokenizer)):
+        reason = "without SentencePiece's rules llama.cpp splits at U+0020 alone, not at line ends, others, U+2581"
+        built.limits.append(Limit(reason, lambda text: any((c.isspace() and c != " ") or c == SPACE for c in text)))
     return _without_bytes(built) if model.get("byte_fallback") else built
 
 
@@ -67,11 +72,26 @@ def _built(
         extra["tokenizer.ggml.precompiled_charsmap"] = Typed("array:uint8", list(charsmap))
     built = Built("t5", "default", fill_holes(tokens, types, None), types, scores, extra=extra)
     reason = "a run of one character may be cut at other places where several ways have the same score"
-    built.limits.append(Limit(reason, lambda text: _RUN.search(text) is not None))
+    built.limits.append(Limit(reason, _has_ties(built.tokens)))
     if charsmap:
         reason = "SentencePiece's rules reach stacked marks and U+0085 in llama.cpp, not in the tokenizers library"
         built.limits.append(Limit(reason, _is_stacked))
     return built
+
+
+def _has_ties(tokens: list[str]) -> Callable[[str], bool]:
+    """A predicate: has the text a run that no piece holds whole while a piece holds part of it: 00 0, or 0 00?"""
+    longest: dict[str, int] = {}
+    for token in tokens:
+        piece = token.removeprefix(SPACE)
+        if len(piece) > 1 and piece == piece[0] * len(piece):
+            longest[piece[0]] = max(longest.get(piece[0], 0), len(piece))
+
+    def applies(text: str) -> bool:
+        runs = [(run[1], len(run[0])) for run in _RUN.finditer(text)]
+        return any(n >= _LONG or 1 < longest.get(c, n) < n for c, n in runs)
+
+    return applies
 
 
 def _is_stacked(text: str) -> bool:
@@ -98,10 +118,14 @@ def _charsmap(tokenizer: Json) -> bytes:
     return b""
 
 
+def _pre_tokenizers(tokenizer: Json) -> list[Part]:
+    return list(parts(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+
+
 def _spaces(tokenizer: Json) -> tuple[bool, bool]:
     """(a space in front, runs of spaces count as one)."""
     prefix, merge = False, False
-    for part in parts(tokenizer.get("pre_tokenizer"), "pretokenizers"):
+    for part in _pre_tokenizers(tokenizer):
         if part.get("type") == "WhitespaceSplit":
             merge = True
         if part.get("type") == "Metaspace":
