@@ -10,14 +10,15 @@ from math import ceil, prod
 
 from edgekit.effort import Speed, Work, find
 from edgekit.export.onnx import MEMORY
-from edgekit.onnx_planning import OnnxPlan, Shape, kv_bytes, variants
+from edgekit.onnx_planning import RUNTIME_OVERHEAD, OnnxPlan, Shape, kv_bytes, variants
 from edgekit.runtime.lockstep import BUDGET, MOST
 
 _CHUNK = 512  # tokens that are read as one text
 _PROMPT = 24  # tokens of a question in its template, about
-_FULL = 0.9  # onnxruntime's products of many rows, float32 or of blocks, of numpy's on one core
+_FULL = 0.9  # onnxruntime's products of many rows, float32 or of blocks, against numpy's on one core
 _ALONE = 5  # times that a token takes which is not read or written among many
-_PLAIN = 1.2e4  # operations a weight: of choosing scales and rounding
+_TURN = 2.2  # the same of one that is written among many, against one that is read
+_PLAIN = 6e3  # operations a weight: of choosing scales and rounding
 _EACH, _PAIR, _FACTOR = 6e4, 10.0, 2.0  # of error feedback: a weight, a pair of columns, a triple once for each input
 _LAYER, _WORD = 1.2e6, 400.0  # operations of a token beside its matrices: a layer, and an entry of the vocabulary
 
@@ -48,7 +49,7 @@ def memory(plan: OnnxPlan) -> int:
     making."""
     caches = min(BUDGET, MOST * kv_bytes(plan.shape, min(_CHUNK, plan.context)))
     made = min(MEMORY, _moment_bytes(plan.shape) + 8 * _CHUNK * plan.shape.ffn)
-    return 4 * plan.parameters + max(caches, made)
+    return RUNTIME_OVERHEAD + 4 * plan.parameters + max(caches, made)
 
 
 def _readings(shape: Shape) -> int:
@@ -75,6 +76,7 @@ def _seconds(
     a_token = 2 * sum(map(prod, weights)) + _LAYER * plan.shape.layers + _WORD * plan.shape.vocab
     found = {name: n * a_token / (speed.flops * speed.threads * _FULL) for name, n in tokens.items()}
     found["answers"] *= _ALONE
+    found["text"] *= _TURN
     inputs = _inputs(plan.shape)
     found["moments"] += read * sum(cols**2 for cols in inputs) / speed.flops
     plain = sum(map(prod, weights)) * _PLAIN / speed.threads
