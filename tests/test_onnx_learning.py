@@ -143,6 +143,8 @@ def test_caches_that_grow_hold_the_same(session: DecoderSession, float32: Path) 
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
     ids = [int(t[0]) for t in steps]
     np.testing.assert_allclose(session.logits(ids)[-1], found[0][-3], atol=1e-4)
+    moved = [int(t[3]) for t in steps[:6]] + [int(t[1]) for t in steps[6:]]
+    np.testing.assert_allclose(session.logits(moved)[-1], found[0][-2], atol=1e-4)
 
 
 def test_a_session_goes_on_after_its_batch(session: DecoderSession) -> None:

@@ -129,6 +129,10 @@ def convert(
     artifact.refuse_overwrite(out, force=options.force)
     done = OnnxConversion(decided, source, device, out, warnings=(*_warnings(source, decided), *skipped))
     if dry_run:
+        if wanted != "none" and decided.shape.causal:
+            announce(
+                progress, f"it would learn what to keep: {learning_work(source, device, decided, options, wanted)}"
+            )
         return done
     _require_build(source, decided, out)
     return _make(done, _Job(recipe, options, wanted), progress)
@@ -195,6 +199,14 @@ def learning_work(source: OnnxSource, device: Target, decided: OnnxPlan, options
     speed = effort.measure_speed(options.threads or usable_cores())
     plans = len(_rivals(source, device, decided, options))
     return onnx_effort.estimate(decided, options.effort, speed, source=text, plans=plans)
+
+
+def learning(source: OnnxSource, device: Target, decided: OnnxPlan, options: Options) -> str:
+    """What `convert` would do beside writing, in a line: learn, with the work that takes; or why not; or nothing."""
+    wanted, skipped = _calibration(source, device, decided, Recipe.load(options.recipe), options)
+    if wanted == "none" or not decided.shape.causal:
+        return "; ".join(skipped)
+    return f"calibrates: {learning_work(source, device, decided, options, wanted)}"
 
 
 def _no_room(decided: OnnxPlan) -> str | None:
