@@ -14,7 +14,7 @@ import pytest
 
 from edgekit import effort, onnx_effort, onnx_planning, onnx_tuning, pipeline, report
 from edgekit.effort import Effort, Speed
-from edgekit.errors import EdgekitError
+from edgekit.errors import DoesNotFit, EdgekitError
 from edgekit.export.onnx import _decoder
 from edgekit.pipeline import OnnxConversion, Options
 from edgekit.runtime import _ort_batch, lockstep
@@ -294,6 +294,8 @@ def test_what_is_not_asked_for_depends_on_the_time_but_a_size_does_not(
     monkeypatch.undo()
     monkeypatch.setattr(onnx_effort, "memory", lambda _: 1 << 60)
     assert "memory" in notes(quant="int4")
+    with pytest.raises(DoesNotFit, match="memory"):
+        convert(model, tmp_path / "out", quant="int4", calibration="self")
 
 
 def test_a_size_runs_the_gate_over_every_variant_that_fits(model: Path, tmp_path: Path) -> None:
@@ -312,6 +314,7 @@ def test_encoders_learn_fixed_scales_and_nothing_else(tmp_path: Path) -> None:
     bert = pico.make("bert", tmp_path / "bert")
     for quant, text, said in (
         ("int8", "t.txt", "learns nothing from text"),
+        ("int8", "self", "learns nothing from text"),
         ("int8-dynamic", "t.txt", "learns nothing from text"),
         ("int8-static", "self", "writes no text"),
     ):

@@ -135,6 +135,8 @@ def convert(
             )
         return done
     _require_build(source, decided, out)
+    if wanted != "none" and decided.shape.causal and (reason := _no_room(decided)):
+        raise DoesNotFit(reason, "--calibration none, or convert on a larger machine")
     return _make(done, _Job(recipe, options, wanted), progress)
 
 
@@ -181,14 +183,14 @@ def _encoder_text(decided: OnnxPlan, options: Options) -> str:
     wanted = options.calibration or "none"
     if wanted in ("none", "auto"):
         return "none"
-    if wanted == "self":
-        raise EdgekitError("an encoder writes no text to learn from", "--calibration FILE, or leave it out")
     if decided.variant.kind != "static":
         raise EdgekitError(
             f"{decided.variant.name} of an encoder learns nothing from text: its scales come from the weights, or from "
             "every input anew",
             "leave --calibration out, or choose -q int8-static, whose fixed scales are learned",
         )
+    if wanted == "self":
+        raise EdgekitError("an encoder writes no text to learn from", "--calibration FILE, or leave it out")
     return wanted
 
 
