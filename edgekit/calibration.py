@@ -20,9 +20,10 @@ from edgekit import cache, chat, corpus
 from edgekit.errors import EdgekitError, VerificationFailed
 from edgekit.gguf_file import open_gguf
 from edgekit.imatrix_file import Imatrix, open_imatrix, write_imatrix
-from edgekit.runtime import Session, activations, parallel
+from edgekit.runtime import Session, activations, lockstep, parallel
 from edgekit.runtime.llama_cpp import LlamaSession, Sampling
 from edgekit.runtime.moments import Moment, open_moments
+from edgekit.runtime.onnxruntime import DecoderSession
 from edgekit.units import MIB, Progress, silent
 
 CHUNK = 512
@@ -180,7 +181,12 @@ def _enough(chunks: Iterator[tuple[int, ...]], name: str) -> list[tuple[int, ...
 
 
 def write_text(
-    session: LlamaSession, template: chat.Template | None, tokens: int, *, seed: int = 0, progress: Progress = silent
+    session: LlamaSession | DecoderSession,
+    template: chat.Template | None,
+    tokens: int,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Text:
     """About `tokens` tokens that the model writes itself: sampled at temperature 1, so that it says what it believes.
 
@@ -188,15 +194,15 @@ def write_text(
     a model without a template gets only those. Many are written at once. The same seed gives the same text.
     """
     sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.02, repeat_penalty=1.0, seed=seed)
-    chunks = parallel.write(
-        session,
-        lambda number: opening(session, template, number),
-        tokens,
-        sampling,
-        length=min(CHUNK, session.n_ctx),
-        shortest=SHORT,
-        progress=progress,
-    )
+    length = min(CHUNK, session.n_ctx)
+
+    def begin(number: int) -> list[int]:
+        return opening(session, template, number)
+
+    if isinstance(session, LlamaSession):
+        chunks = parallel.write(session, begin, tokens, sampling, length=length, shortest=SHORT, progress=progress)
+    else:
+        chunks = lockstep.write(session, begin, tokens, sampling, length=length, shortest=SHORT, progress=progress)
     return Text(f"self, seed {seed}", tuple(chunks))
 
 

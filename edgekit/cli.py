@@ -238,7 +238,8 @@ def _plan_onnx(
         _print_json(pipeline.summary(decided, tensors=tensors))
     else:
         console.show_warnings(decided.notes)
-        console.out().print(onnx_console.plan_screen(decided, device, model))
+        learning = pipeline.learning_onnx(source, device, decided, options) if decided.memory.fits else ""
+        console.out().print(onnx_console.plan_screen(decided, device, model, learning))
         if tensors:
             console.out().print(onnx_console.tensor_table(decided))
     onnx_planning.require_fit(decided)

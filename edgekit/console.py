@@ -107,9 +107,11 @@ class _Lines:
             return
         now = time.monotonic()
         started = self._started.setdefault(task, now)
-        if done >= total and now - started > 1:
+        if done < total:
+            return
+        del self._started[task]  # the same task may begin again later
+        if now - started > 1:
             print(f"{task}: done in {now - started:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
-            self._started[task] = now
 
 
 @contextmanager
@@ -135,6 +137,8 @@ def _bars() -> Iterator[Progress]:
                 return
             if task not in known:
                 known[task] = bars.add_task(task, total=total, shown="")
+            elif bars.tasks[known[task]].finished:  # the same task again
+                bars.reset(known[task])
             bars.update(known[task], completed=done, total=total, shown=_amount(task, done, total))
 
         yield progress

@@ -241,7 +241,11 @@ def worth_it(
 
     It measures the speed of this machine unless given one. Encoders are not tuned: no sentence is needed for them.
     """
-    work = estimate(plan, effort, speed or measure_speed())
+    return too_long(estimate(plan, effort, speed or measure_speed()), patience)
+
+
+def too_long(work: Work, patience: float = PATIENCE) -> str | None:
+    """As `worth_it` for work whose seconds are known."""
     assert work.seconds is not None
     if work.seconds <= patience:
         return None

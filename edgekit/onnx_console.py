@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from edgekit.target import Target
 
 
-def plan_screen(plan: OnnxPlan, target: Target, name: str) -> RenderableType:
-    """Everything that was decided, for one target."""
+def plan_screen(plan: OnnxPlan, target: Target, name: str, learning: str = "") -> RenderableType:
+    """Everything that was decided, for one target. `learning`: what converting does beside writing, in a line."""
     rows = [("task", plan.task), ("files", _files(plan)), ("formats", _formats(plan)), *_memory(plan, target)]
     rows += [("to build", f"about {show_bytes(plan.build_bytes)} of memory on the machine that exports")]
+    rows += [("", plain(learning))] if learning else []
     rows += [("speed", speed_line(plan)), ("chosen", f"{plan.variant.name}: {plan.why}")]
     command = f"edgekit convert {plain(name)} --target {plan.target} --format onnx -q {plan.variant.name}"
     rows += [("next", f"[bold cyan]{command}")]
@@ -83,12 +84,18 @@ def _memory(plan: OnnxPlan, target: Target) -> list[tuple[str, str]]:
 
 
 def _gate(done: OnnxConversion) -> list[tuple[str, str]]:
+    """Every candidate with its KL divergence, the one that is shipped marked; and how many answers it changes."""
+    if done.outcome is None:
+        return []
     rows = []
     for i, c in enumerate(done.candidates):
         line = f"{c.kl:.6f} ± {c.kl_stderr:.6f}  {show_bytes(c.nbytes)}  {plain(c.name)}"
         rows.append(("gate" if i == 0 else "", f"[bold green]{line}  shipped[/]" if c.shipped else f"[dim]{line}"))
-    if rows:
-        rows.append(("", f"[dim]KL divergence in nats a token on {done.held_out:,} held-out predictions"))
+    text = f"KL divergence in nats a token on {done.held_out:,} held-out predictions"
+    rows.append(("", f"[dim]{text} of {plain(done.outcome.text)}"))
+    if changed := done.outcome.flips:
+        answers = f"{len(changed.changed)} of {len(changed.answers)} greedy answers changed"
+        rows.append(("", f"[dim]{answers}; edgekit report shows them, and other sizes"))
     return rows
 
 

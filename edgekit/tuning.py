@@ -6,11 +6,13 @@ Knows what is compared with what; learning (edgekit.learning), allocating and en
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from time import perf_counter
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -24,13 +26,15 @@ from edgekit.imatrix_file import Imatrix, open_imatrix
 from edgekit.learning import Knowledge, Moments, Opener, importance_names, learn
 from edgekit.planning import Plan, plan, with_formats
 from edgekit.quality import Column
+from edgekit.reader import Answers
+from edgekit.runtime import Session
 from edgekit.runtime.steady import open_steady
 from edgekit.target import Target
 from edgekit.units import Progress, silent
 
 __all__ = [
-    "EFFORTS", "Attempt", "Candidate", "Knowledge", "Outcome", "attempts", "bring", "choose", "estimate",
-    "importance_names", "learn", "rungs", "spill_folder", "tune", "worth_it",
+    "EFFORTS", "Attempt", "Candidate", "Knowledge", "Outcome", "attempts", "bring", "candidate", "changed_answers",
+    "choose", "climb", "estimate", "importance_names", "learn", "rungs", "spill_folder", "tune", "worth_it",
 ]  # fmt: skip
 
 RESAMPLES = 2_000
@@ -210,26 +214,55 @@ class _Judging:
 
     def ladder(self, plans: Sequence[Plan], seconds: float) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
         """Stock presets with importance, and what was left out. `seconds`: what one takes, as seen last."""
-        found: list[Candidate] = []
-        for rung in plans:
-            if seconds > RUNG_SECONDS:
-                left = ", ".join(p.preset.name for p in plans[len(found) :])
-                return tuple(found), (f"not measured to compare with, each takes about {seconds:.0f} s: {left}",)
+
+        def judged(rung: Plan) -> tuple[Candidate, float]:
             seen = self.judge(f"rung-{rung.preset.name}", Attempt(rung, self.known.importance, None))
             seen.written.path.unlink()
-            found.append(_candidate(rung.preset.name, "preset", seen, shipped=False))
-            seconds = seen.seconds
-        return tuple(found), ()
+            return _candidate(rung.preset.name, "preset", seen, shipped=False), seen.seconds
+
+        return climb(plans, judged, seconds)
 
     def flips(self, path: Path) -> Flips | None:
         """How the answers of the file at `path` differ from the unquantised model's."""
-        asked = self.known.answers
-        if asked is None:
-            return None
-        context = max(map(len, asked.ids)) + asked.max_tokens
-        with open_steady(path, n_ctx=context, threads=self.threads) as session:
-            answers = flips.greedy(session, asked.ids, asked.max_tokens, progress=self.progress)
-            return flips.compare(session, asked.prompts, asked.answers, answers, asked.max_tokens)
+        return changed_answers(
+            self.known.answers, lambda context: open_steady(path, n_ctx=context, threads=self.threads), self.progress
+        )
+
+
+class _Labelled(Protocol):
+    @property
+    def label(self) -> str: ...
+
+
+P = TypeVar("P", bound=_Labelled)
+
+
+def climb(
+    plans: Sequence[P], judged: Callable[[P], tuple[Candidate, float]], seconds: float
+) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+    """What `judged` says of `plans`, and a warning that names what was left out since one takes more than a minute.
+
+    `judged` gives the seconds that it took too; `seconds`: what the last one took before.
+    """
+    found: list[Candidate] = []
+    for decided in plans:
+        if seconds > RUNG_SECONDS:
+            left = ", ".join(p.label for p in plans[len(found) :])
+            return tuple(found), (f"not measured to compare with, each takes about {seconds:.0f} s: {left}",)
+        rung, seconds = judged(decided)
+        found.append(rung)
+    return tuple(found), ()
+
+
+def changed_answers(
+    asked: Answers | None, opened: Callable[[int], AbstractContextManager[Session]], progress: Progress = silent
+) -> Flips | None:
+    """How the answers of the model that `opened` gives, with a context of so many tokens, differ from those known."""
+    if asked is None:
+        return None
+    with opened(max(map(len, asked.ids)) + asked.max_tokens) as session:
+        answers = flips.greedy(session, asked.ids, asked.max_tokens, progress=progress)
+        return flips.compare(session, asked.prompts, asked.answers, answers, asked.max_tokens)
 
 
 def rungs(decided: Plan, budget: int, target: Target, *, effort: str) -> tuple[Plan, ...]:
@@ -278,8 +311,13 @@ def tune(
 
 
 def _candidate(name: str, kind: str, seen: _Seen, *, shipped: bool) -> Candidate:
-    stderr = float(seen.kl.std(ddof=1) / np.sqrt(len(seen.kl)))
-    return Candidate(name, kind, seen.written.nbytes, float(seen.kl.mean()), stderr, seen.top1, shipped)
+    return candidate(name, kind, seen.written.nbytes, seen.kl, seen.top1, shipped=shipped)
+
+
+def candidate(name: str, kind: str, nbytes: int, kl: Column, top1: float, *, shipped: bool) -> Candidate:
+    """`kl`: the divergence of every position."""
+    stderr = float(kl.std(ddof=1) / np.sqrt(len(kl)))
+    return Candidate(name, kind, nbytes, float(kl.mean()), stderr, top1, shipped)
 
 
 def _why(winner: str, candidates: Sequence[Candidate]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekit import artifact, onnx_planning, pipeline
+from edgekit import artifact, effort, onnx_planning, pipeline
 from edgekit.checkpoint import open_checkpoint
 from edgekit.errors import CorruptCheckpoint, DoesNotFit, EdgekitError, UnknownName, UnsupportedModel
 from edgekit.pipeline import OnnxConversion, Options
@@ -116,7 +116,9 @@ def test_an_altered_weight_file_is_found(made: OnnxConversion, tmp_path: Path) -
         artifact.open_artifact(copy).verify()
 
 
-def test_calibrated_forms_go_through_the_gate(model: Path, tmp_path: Path) -> None:
+def test_calibrated_forms_go_through_the_gate(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(effort, "EFFORTS", {"low": effort.Effort(2048, 1024, 2, 4, 0)})
     done = convert(model, tmp_path / "out", quant="int4-b32", calibration="self", effort="low")
     assert [c.kind for c in done.candidates] == ["preset", "feedback"]
     assert sum(c.shipped for c in done.candidates) == 1

@@ -249,6 +249,11 @@ def test_what_an_onnx_artefact_was_verified_by_is_its_quality(folder: Path) -> N
     for word in ("0.002900", "98.44", "against transformers in float32, 64 places"):
         assert word in page.text, word
     assert "cosine" not in page.text
+    assert "0.0029 nats per token" in page.text
+    chosen = [{"name": "int4", "kind": "preset", "nbytes": 9, "kl": 0.0041, "kl_stderr": 0.0001, "shipped": True}]
+    page = read(change(folder, candidates=chosen))
+    assert "0.0041 nats per token" in page.text, "thousands of places say more than 64"
+    change(folder, candidates=[])
     encoder = {"compared": 7, "kl": None, "top1": None, "cosine": 0.99993}
     page = read(change(folder, format="onnx", certificate={"level": "quick", "figures": {"numbers": encoder}}))
     assert "cosine of the vectors, lowest 0.99993" in page.text

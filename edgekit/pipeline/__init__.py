@@ -22,6 +22,7 @@ from edgekit.pipeline._gguf import (
 from edgekit.pipeline._manifest import versions
 from edgekit.pipeline._model import Options, Source, open_source, safe_name, size_budget
 from edgekit.pipeline._onnx import OnnxConversion, OnnxSource
+from edgekit.pipeline._onnx import learning as learning_onnx
 from edgekit.pipeline._onnx import open_source as open_onnx
 from edgekit.pipeline._onnx import plan_all as plan_all_onnx
 from edgekit.pipeline._onnx import plan_source as plan_onnx
@@ -42,6 +43,7 @@ __all__ = [
     "export_format",
     "file_name",
     "importance_names",
+    "learning_onnx",
     "open_onnx",
     "open_source",
     "plan",

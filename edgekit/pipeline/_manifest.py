@@ -46,22 +46,17 @@ def manifest(conversion: Conversion, written: Written, certificate: Certificate,
     }
 
 
-def learned(outcome: Outcome | None) -> dict[str, Any]:
-    """What was learned and compared, for the manifest."""
-    if outcome is None:
-        return {}
-    changed = outcome.flips.as_json() if outcome.flips else None
-    return gate(outcome) | {"ladder": [asdict(c) for c in outcome.ladder], "flips": changed}
-
-
-def gate(outcome: Outcome | OnnxOutcome | None) -> dict[str, Any]:
-    """What the candidates were made from and judged by, and how they did."""
+def learned(outcome: Outcome | OnnxOutcome | None) -> dict[str, Any]:
+    """What was learned and compared, for the manifest: what the candidates were made from and judged by, how they did,
+    what other sizes lose, and which answers changed."""
     if outcome is None:
         return {}
     return {
         "calibration": {"text": outcome.text, "tokens": outcome.tokens, "held_out": outcome.held_out},
         "candidates": [asdict(c) for c in outcome.candidates],
         "doubt": outcome.doubt,
+        "ladder": [asdict(c) for c in outcome.ladder],
+        "flips": outcome.flips.as_json() if outcome.flips else None,
     }
 
 

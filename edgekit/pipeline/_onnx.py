@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,17 +15,22 @@ from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.host import usable_cores
 from edgekit.onnx_planning import OnnxPlan, Wish
-from edgekit.pipeline._manifest import gate, public_ref, versions
+from edgekit.pipeline._manifest import learned, public_ref, versions
 from edgekit.pipeline._model import Options, safe_name
 from edgekit.recipe import Recipe
 from edgekit.target import Target
-from edgekit.units import Progress, silent
+from edgekit.units import Progress, announce, show_bytes, silent
 
 if TYPE_CHECKING:
+    from edgekit.effort import Work
     from edgekit.export.onnx import Engine, Report
     from edgekit.onnx_tuning import Outcome
     from edgekit.tuning import Candidate
     from edgekit.verification import Certificate
+
+
+NEVER_CALIBRATED = 8
+"""Bits of the matrices from which on `auto` reads no text: what rounding costs there is less than anybody can see."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +124,103 @@ def convert(
     source = open_source(model, options, progress=progress)
     decided = plan_source(source, device, options)
     onnx_planning.require_fit(decided)
+    wanted, skipped = _calibration(source, device, decided, recipe, options)
     out = options.out or Path(f"{source.checkpoint.name}-{device.name}-onnx")
     artifact.refuse_overwrite(out, force=options.force)
-    done = OnnxConversion(decided, source, device, out, warnings=_warnings(source, decided))
+    done = OnnxConversion(decided, source, device, out, warnings=(*_warnings(source, decided), *skipped))
     if dry_run:
+        if wanted != "none" and decided.shape.causal:
+            announce(
+                progress, f"it would learn what to keep: {learning_work(source, device, decided, options, wanted)}"
+            )
         return done
     _require_build(source, decided, out)
-    return _make(done, recipe, options, progress)
+    if wanted != "none" and decided.shape.causal and (reason := _no_room(decided)):
+        raise DoesNotFit(reason, "--calibration none, or convert on a larger machine")
+    return _make(done, _Job(recipe, options, wanted), progress)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `_make` needs beside the conversion. `calibration`: a file, `self` or `none`."""
+
+    recipe: Recipe
+    options: Options
+    calibration: str
+
+    @property
+    def threads(self) -> int:
+        return self.options.threads or usable_cores()
+
+
+def _calibration(
+    source: OnnxSource, device: Target, decided: OnnxPlan, recipe: Recipe, options: Options
+) -> tuple[str, tuple[str, ...]]:
+    """(what is read to learn from, why nothing is if that was not the user's choice)."""
+    if not decided.shape.causal:
+        return _encoder_text(decided, options), ()
+    wanted = options.calibration or recipe.export.calibration
+    if wanted.lower().endswith((".gguf", ".dat", ".imatrix")):
+        raise EdgekitError(
+            f"{wanted}: an importance matrix says nothing of how inputs go together, which ONNX forms are made from",
+            "--calibration FILE with text, or self",
+        )
+    if wanted in ("none", "auto") and options.calibration is None and _budget(source, options):
+        return "self", ()  # a size is best met by measuring what its bytes are worth
+    if wanted != "auto":
+        return wanted, ()
+    if decided.variant.linear.bits >= NEVER_CALIBRATED:
+        return "none", ()
+    from edgekit import effort
+
+    work = learning_work(source, device, decided, options, "self")
+    reason = effort.too_long(work) or _no_room(decided)
+    return ("none", (reason,)) if reason else ("self", ())
+
+
+def _encoder_text(decided: OnnxPlan, options: Options) -> str:
+    """What an encoder's fixed scales are learned from. Nothing else of an encoder learns from text."""
+    wanted = options.calibration or "none"
+    if wanted in ("none", "auto"):
+        return "none"
+    if decided.variant.kind != "static":
+        raise EdgekitError(
+            f"{decided.variant.name} of an encoder learns nothing from text: its scales come from the weights, or from "
+            "every input anew",
+            "leave --calibration out, or choose -q int8-static, whose fixed scales are learned",
+        )
+    if wanted == "self":
+        raise EdgekitError("an encoder writes no text to learn from", "--calibration FILE, or leave it out")
+    return wanted
+
+
+def learning_work(source: OnnxSource, device: Target, decided: OnnxPlan, options: Options, text: str) -> Work:
+    """What learning from `text` (a file, or `self`) and choosing takes on this machine."""
+    from edgekit import effort, onnx_effort
+
+    speed = effort.measure_speed(options.threads or usable_cores())
+    plans = len(_rivals(source, device, decided, options))
+    return onnx_effort.estimate(decided, options.effort, speed, source=text, plans=plans)
+
+
+def learning(source: OnnxSource, device: Target, decided: OnnxPlan, options: Options) -> str:
+    """What `convert` would do beside writing, in a line: learn, with the work that takes; or why not; or nothing."""
+    wanted, skipped = _calibration(source, device, decided, Recipe.load(options.recipe), options)
+    if wanted == "none" or not decided.shape.causal:
+        return "; ".join(skipped)
+    return f"calibrates: {learning_work(source, device, decided, options, wanted)}"
+
+
+def _no_room(decided: OnnxPlan) -> str | None:
+    """Why this machine cannot hold what calibrating needs, or None."""
+    import psutil
+
+    from edgekit import onnx_effort
+
+    needed, free = onnx_effort.memory(decided), psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return f"not calibrated: that takes {show_bytes(needed)} of memory, and {show_bytes(free)} is free"
 
 
 def _require_build(source: OnnxSource, decided: OnnxPlan, out: Path) -> None:
@@ -142,20 +237,20 @@ def _warnings(source: OnnxSource, decided: OnnxPlan) -> tuple[str, ...]:
     return (*source.engine.notes, *decided.notes)
 
 
-def _make(done: OnnxConversion, recipe: Recipe, options: Options, progress: Progress) -> OnnxConversion:
+def _make(done: OnnxConversion, job: _Job, progress: Progress) -> OnnxConversion:
     from edgekit import onnx_verification
 
-    threads = options.threads or usable_cores()
-    level = options.verify or recipe.export.verify
+    threads = job.threads
+    level = job.options.verify or job.recipe.export.verify
     checkpoint, engine = done.source.checkpoint, done.source.engine
-    with artifact.staging(done.out, force=options.force) as stage:
+    with artifact.staging(done.out, force=job.options.force) as stage:
         with tempfile.TemporaryDirectory(prefix="work-", dir=stage) as temporary:
             work = Path(temporary)
             graph = engine.build(checkpoint.root, work / "float32", progress)
             export = onnx_verification.prove_export(
                 graph, checkpoint.root, engine.task, done.plan, level=level, threads=threads, progress=progress
             )
-            done, report = _store(done, recipe, options, graph, work, threads, progress)
+            done, report = _store(done, job, graph, work, progress)
             engine.ship(graph.parent, report.graph, checkpoint.root, stage, done.plan, done.target.threads)
         certificate = onnx_verification.verify(
             stage,
@@ -169,42 +264,61 @@ def _make(done: OnnxConversion, recipe: Recipe, options: Options, progress: Prog
             progress=progress,
         )
         (stage / "README.md").write_text(_card(done, certificate), encoding="utf-8")
-        artifact.seal(stage, _manifest(done, certificate, recipe, report), {})
+        artifact.seal(stage, _manifest(done, certificate, job.recipe, report), {})
     warnings = tuple(dict.fromkeys(done.warnings + certificate.warnings))
     return replace(done, artifact=artifact.open_artifact(done.out), certificate=certificate, warnings=warnings)
 
 
 def _store(
-    done: OnnxConversion, recipe: Recipe, options: Options, graph: Path, work: Path, threads: int, progress: Progress
+    done: OnnxConversion, job: _Job, graph: Path, work: Path, progress: Progress
 ) -> tuple[OnnxConversion, Report]:
     """The quantized graph in `work`: stored at once, or chosen among candidates where there is text to learn from."""
     from edgekit.export import onnx
 
     decided = done.plan
-    wanted = options.calibration or recipe.export.calibration
     if decided.shape.causal:
         onnx.cut_positions(graph, decided.context)
-    if not decided.shape.causal or wanted in ("none", "auto"):
-        place = work / "stored"
-        place.mkdir()
-        return done, onnx.store(
-            graph,
-            place / onnx.GRAPH,
-            decided.variant,
-            decided.shape.layers,
-            None,
-            threads,
-            feeds=_feeds(done, wanted) if decided.variant.kind == "static" else (),
-            kind=_activations(done.target),
-            progress=progress,
-        )
+        if job.calibration != "none":
+            return _tune(done, job, graph, work, progress)
+    place = work / "stored"
+    place.mkdir()
+    return done, onnx.store(
+        graph,
+        place / onnx.GRAPH,
+        decided.variant,
+        decided.shape.layers,
+        None,
+        job.threads,
+        feeds=_feeds(done, job.calibration) if decided.variant.kind == "static" else (),
+        kind=_activations(done.target),
+        progress=progress,
+    )
+
+
+def _tune(
+    done: OnnxConversion, job: _Job, graph: Path, work: Path, progress: Progress
+) -> tuple[OnnxConversion, Report]:
     from edgekit import onnx_tuning
 
+    source, target, decided = done.source, done.target, done.plan
+    said = learning_work(source, target, decided, job.options, job.calibration)
+    announce(progress, f"learning what to keep: {said}")
     known = onnx_tuning.learn(
-        graph.parent, wanted, decided.context, effort=options.effort, threads=threads, progress=progress
+        graph.parent,
+        job.calibration,
+        decided.context,
+        digest=source.checkpoint.digest,
+        exporter=source.engine.name,
+        effort=job.options.effort,
+        spill=work / "moments",
+        threads=job.threads,
+        progress=progress,
     )
-    outcome = onnx_tuning.choose(_rivals(done, options), known, graph.parent, work, threads=threads, progress=progress)
-    return replace(done, plan=outcome.plan, outcome=outcome), outcome.stored
+    plans = _rivals(source, target, decided, job.options)
+    rungs = _rungs(source, target, plans, job.options)
+    outcome = onnx_tuning.choose(plans, known, graph.parent, work, threads=job.threads, rungs=rungs, progress=progress)
+    warnings = done.warnings + outcome.warnings
+    return replace(done, plan=outcome.plan, outcome=outcome, warnings=warnings), outcome.stored
 
 
 def _activations(target: Target) -> Literal["int8", "uint8", "uint16"]:
@@ -221,23 +335,33 @@ def _feeds(done: OnnxConversion, calibration: str) -> list[Any]:
     from edgekit.export import onnx
 
     text = corpus.TEXT.replace(". ", ".\n")
-    if calibration not in ("none", "self", "auto"):
+    if calibration != "none":
         text = plain_text(Path(calibration))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return onnx.batches_of(done.source.checkpoint.root, lines[:512], most=min(512, done.plan.context))
 
 
-def _rivals(done: OnnxConversion, options: Options) -> list[OnnxPlan]:
+def _rivals(source: OnnxSource, target: Target, decided: OnnxPlan, options: Options) -> list[OnnxPlan]:
     """The plan, and where a size was asked for, every other variant that is at most as large."""
-    budget = _budget(done.source, options)
-    plans = [done.plan]
+    budget = _budget(source, options)
     if budget is None or options.quant not in (None, "auto"):
-        return plans
-    for name in onnx_planning.variants(done.plan.task):
-        rival = plan_source(done.source, done.target, replace(options, quant=name, target_size=None, target_bpw=None))
-        if name != done.plan.variant.name and rival.file_bytes <= budget and rival.memory.fits:
-            plans.append(rival)
-    return plans
+        return [decided]
+    others = _others(source, target, [decided], options)
+    return [decided, *(p for p in others if p.file_bytes <= budget and p.memory.fits)]
+
+
+def _rungs(source: OnnxSource, target: Target, plans: Sequence[OnnxPlan], options: Options) -> list[OnnxPlan]:
+    """The variants that are no candidates, which are measured beside them to show where the winner stands."""
+    from edgekit import effort
+
+    return [] if effort.find(options.effort).rungs == 0 else _others(source, target, plans, options)
+
+
+def _others(source: OnnxSource, target: Target, plans: Sequence[OnnxPlan], options: Options) -> list[OnnxPlan]:
+    """Plans of every variant that is not among `plans`."""
+    apart = replace(options, target_size=None, target_bpw=None)
+    names = [n for n in onnx_planning.variants(plans[0].task) if n not in {p.variant.name for p in plans}]
+    return [plan_source(source, target, replace(apart, quant=name)) for name in names]
 
 
 def _card(done: OnnxConversion, certificate: Certificate) -> str:
@@ -271,7 +395,7 @@ def _manifest(done: OnnxConversion, certificate: Certificate, recipe: Recipe, re
         "nodes": [asdict(node) for node in report.nodes],
         "left": [asdict(tensor) for tensor in report.left],
         "certificate": asdict(certificate),
-        **gate(done.outcome),
+        **learned(done.outcome),
         "warnings": list(done.warnings),
         "versions": versions(packages),
         "instruction_set": platform.machine(),
@@ -316,6 +440,6 @@ def conversion_summary(done: OnnxConversion) -> dict[str, Any]:
         "files": done.artifact.manifest["files"] if done.artifact else None,
         "plan": summary(done.plan),
         "certificate": asdict(done.certificate) if done.certificate else None,
-        **gate(done.outcome),
+        **learned(done.outcome),
         "warnings": list(done.warnings),
     }

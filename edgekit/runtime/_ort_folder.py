@@ -52,6 +52,7 @@ class DecoderFacts:
     threads: int | None
     providers: tuple[str, ...]
     windowed: bool = False
+    head_size: int | None = None
 
 
 def find(path: Path) -> Folder:
@@ -108,6 +109,7 @@ def decoder_facts(folder: Folder) -> DecoderFacts:
     context = _count(model.get("context_length"), where, "model.context_length")
     longest = _count(search.get("max_length", context), where, "search.max_length")
     threads = options.get("intra_op_num_threads")
+    head = decoder.get("head_size")
     return DecoderFacts(
         n_vocab=n_vocab,
         context=context,
@@ -116,6 +118,7 @@ def decoder_facts(folder: Folder) -> DecoderFacts:
         threads=threads if isinstance(threads, int) and 0 < threads <= 512 else None,
         providers=_providers(options.get("provider_options")),
         windowed=isinstance(decoder.get("sliding_window"), dict),
+        head_size=head if isinstance(head, int) and not isinstance(head, bool) and 0 < head <= 1 << 16 else None,
     )
 
 

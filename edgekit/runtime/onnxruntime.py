@@ -7,6 +7,7 @@ Knows contexts, sampling and notes; knows no recipe and no metric.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
 from edgekit.ort_library import onnxruntime, wanted
 from edgekit.runtime import Logits, Timings
 from edgekit.runtime._common import Spent, Tokens, Writer, checked, room_for
+from edgekit.runtime._ort_batch import Batch
 from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_encoder import EncoderSession
 from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find
@@ -28,7 +30,15 @@ from edgekit.runtime._ort_vocabulary import Vocabulary
 from edgekit.runtime._sampling import Sampler, Sampling
 from edgekit.runtime._text import TextStream
 
-__all__ = ["DEFAULT_CONTEXT", "DecoderSession", "EncoderSession", "OrtSession", "open_session"]
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "DecoderSession",
+    "EncoderSession",
+    "OrtSession",
+    "open_decoder",
+    "open_session",
+    "template_of",
+]
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context where neither the caller nor genai_config.json chose a number."""
@@ -48,6 +58,7 @@ class DecoderSession(Writer):
         self._spent = Spent()
         self._notes = tuple(notes)
         self._turn = 0
+        self._closed = False
         self.finish_reason = ""
         self._engine: type[Decoder | Cached] = Cached if folder.genai is None else Decoder
         self._decoder: Decoder | Cached | None = self._engine(folder.graph, facts.n_vocab, settings, self._spent)
@@ -186,6 +197,31 @@ class DecoderSession(Writer):
         """Raises RuntimeFailed: the graph of a decoder gives logits."""
         raise RuntimeFailed(f"{self._name} writes text and gives no vectors", "convert an embedding model")
 
+    @contextmanager
+    def side_by_side(self, length: int) -> Iterator[Batch]:
+        """Many sequences of at most `length` tokens at once, with a cache of their own.
+
+        What the session had read is forgotten, and its graph is closed meanwhile: one is in memory at a time. Raises
+        RuntimeFailed, UnsupportedModel.
+        """
+        self._turn += 1
+        self._own(self._turn)
+        room_for(np.empty(length, np.int32), self.n_ctx)
+        graph = self._path(all_positions=True)
+        opened = _checked_graph(graph)
+        if self._decoder:
+            self._decoder.close()
+        self._decoder = None
+        fused = {node.op for node in opened.nodes} & {"GroupQueryAttention", "MultiHeadAttention"}
+        batch = Batch(
+            graph, self.n_vocab, self._settings, length, self._facts.head_size,
+            in_place=fused == {"GroupQueryAttention"},
+        )  # fmt: skip
+        try:
+            yield batch
+        finally:
+            batch.close()
+
     def timings(self) -> Timings:
         spent = self._spent
         return Timings(self._load_ms, spent.ms[False], spent.tokens[False], spent.ms[True], spent.tokens[True])
@@ -198,6 +234,7 @@ class DecoderSession(Writer):
 
     def close(self) -> None:
         self._turn += 1
+        self._closed = True
         if self._decoder:
             self._decoder.close()
         self._decoder = None
@@ -210,17 +247,16 @@ class DecoderSession(Writer):
         return room_for(checked(tokens, self.n_vocab, self._name), self.n_ctx)
 
     def _own(self, turn: int) -> None:
-        if self._decoder is None:
+        if self._closed:
             raise RuntimeFailed(f"{self._name} has been closed", "open it again")
         if turn != self._turn:
             raise RuntimeFailed("another call has used the session meanwhile", "finish one iteration before the next")
 
     def _graph(self, *, all_positions: bool = False) -> Decoder | Cached:
         """The graph that generates, or the one that gives every position's logits; the other is closed first."""
-        apart = all_positions and self.folder.all_positions.is_file()
-        path = self.folder.all_positions if apart else self.folder.graph
+        path = self._path(all_positions=all_positions)
         if self._decoder is None or self._decoder.graph != path:
-            if apart:
+            if path != self.folder.graph:
                 _checked_graph(path)
             if self._decoder:
                 self._decoder.close()
@@ -228,8 +264,27 @@ class DecoderSession(Writer):
             self._load_ms += self._decoder.load_ms
         return self._decoder
 
+    def _path(self, *, all_positions: bool) -> Path:
+        apart = all_positions and self.folder.all_positions.is_file()
+        return self.folder.all_positions if apart else self.folder.graph
+
 
 OrtSession = DecoderSession | EncoderSession
+
+
+def template_of(path: str | Path) -> Template | None:
+    """The chat template of the decoder at `path`; no graph is loaded for that. Raises as `open_session`."""
+    folder = find(Path(path))
+    return Vocabulary(folder.root, folder.config).template()
+
+
+def open_decoder(path: str | Path, *, n_ctx: int, threads: int | None = None) -> DecoderSession:
+    """As `open_session`, on the CPU. Raises EdgekitError for an encoder."""
+    session = open_session(path, n_ctx=n_ctx, threads=threads)
+    if isinstance(session, DecoderSession):
+        return session
+    session.close()
+    raise EdgekitError(f"{path} is an encoder: it writes no text", "give a decoder")
 
 
 def open_session(

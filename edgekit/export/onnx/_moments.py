@@ -6,6 +6,7 @@ graph, so that matrices which read the same tensor share one moment.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ Moment = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Batch = Ids | Mapping[str, Ids]
 """Token ids (sequences, tokens), all of them seen; or the graph's inputs by name, `attention_mask` saying which are."""
+
+_INDEX = "moments.json"
 
 MEMORY = 2 * GIB
 """Bytes that moments in the making and the activations of a batch may take."""
@@ -64,7 +67,20 @@ def observe(
             progress("observe", number * len(batches) + done + 1, len(groups) * len(batches))
         del session
         found.update(sums if spill is None else _spilled(sums, spill, len(found)))
+    if spill is not None:
+        (spill / _INDEX).write_text(json.dumps(list(found)), encoding="utf-8")
     return found
+
+
+def open_moments(folder: Path) -> dict[str, Moment]:
+    """What `observe` left in `folder`, mapped. Raises OSError, ValueError for what it did not write."""
+    names = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    return {name: np.load(folder / f"{number}.npy", mmap_mode="r") for number, name in enumerate(names)}
+
+
+def moment_bytes(graph: Path) -> int:
+    """Bytes that the moments of `graph` take, at most."""
+    return sum(4 * cols * cols for cols in _sizes(graph).values())
 
 
 def _spilled(sums: Mapping[str, Moment], folder: Path, first: int) -> dict[str, Moment]:

@@ -101,7 +101,8 @@ class _Work(Rewriting):
         out = DataFile(file, location)
         uses = find_uses(graph, self.source.parent)
         plan = self._formats(uses)
-        self.total = sum(use.matrix.rows * use.matrix.cols for use, _ in plan)
+        apart = {use.key: use.matrix for use, _ in plan}  # a table that shares the head's bytes is no work
+        self.total = sum(matrix.rows * matrix.cols for matrix in apart.values())
         stored: dict[tuple[str, bool], _Stored] = {}
         for use, fmt in plan:
             if use.key not in stored:
