@@ -2,9 +2,21 @@
 
 from edgekit.export.onnx._engines import GRAPH, Engine, cut_positions, engine_for
 from edgekit.export.onnx._moments import observe
+from edgekit.export.onnx._pair import store as store_pair
 from edgekit.export.onnx._quantize import Moments
 from edgekit.export.onnx._rewriting import Report
 from edgekit.export.onnx._static import batches_of
 from edgekit.export.onnx._storing import store
 
-__all__ = ["GRAPH", "Engine", "Moments", "Report", "batches_of", "cut_positions", "engine_for", "observe", "store"]
+__all__ = [
+    "GRAPH",
+    "Engine",
+    "Moments",
+    "Report",
+    "batches_of",
+    "cut_positions",
+    "engine_for",
+    "observe",
+    "store",
+    "store_pair",
+]
