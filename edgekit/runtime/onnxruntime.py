@@ -1,5 +1,5 @@
-"""ONNX models: decoders through onnxruntime-genai; encoders, and decoders without a genai_config.json, through
-onnxruntime; text by the model's own tokenizer.
+"""ONNX models: decoders through onnxruntime-genai; encoders, encoder-decoders, and decoders without a
+genai_config.json, through onnxruntime; text by the model's own tokenizer.
 
 Knows contexts, sampling and notes; knows no recipe and no metric.
 """
@@ -24,11 +24,13 @@ from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_encoder import EncoderSession
 from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find
 from edgekit.runtime._ort_genai import Decoder, Settings
+from edgekit.runtime._ort_pair import takes_states
+from edgekit.runtime._ort_seq2seq import Seq2SeqSession
 from edgekit.runtime._ort_vocabulary import Vocabulary
 from edgekit.runtime._sampling import Sampler, Sampling
 from edgekit.runtime._text import TextStream
 
-__all__ = ["DEFAULT_CONTEXT", "DecoderSession", "EncoderSession", "OrtSession", "open_session"]
+__all__ = ["DEFAULT_CONTEXT", "DecoderSession", "EncoderSession", "OrtSession", "Seq2SeqSession", "open_session"]
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context where neither the caller nor genai_config.json chose a number."""
@@ -229,7 +231,7 @@ class DecoderSession(Writer):
         return self._decoder
 
 
-OrtSession = DecoderSession | EncoderSession
+OrtSession = DecoderSession | EncoderSession | Seq2SeqSession
 
 
 def open_session(
@@ -256,8 +258,10 @@ def open_session(
     folder = find(Path(path))
     graph = _checked_graph(folder.graph)
     notes = slow_here(graph, detect())
+    cores = threads or usable_cores()
+    if takes_states(graph) and not embeddings:
+        return Seq2SeqSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
     if folder.genai is None and not takes_cache(graph):
-        cores = threads or usable_cores()
         return EncoderSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
     if embeddings:
         raise RuntimeFailed(f"{folder.root.name} writes text and gives no vectors", "convert an embedding model")

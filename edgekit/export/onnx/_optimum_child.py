@@ -127,7 +127,11 @@ def join(first: Any, later: Any) -> Any:
     copies = [_copy(value) for value in given]
     del graph.input[:]
     graph.input.extend(copies)
-    graph.output.extend(outputs)
+    # the later one was traced with a single token and says so of its logits
+    whole = [next((o for o in other.output if o.name == value.name == "logits"), value) for value in graph.output]
+    whole = [_copy(value) for value in (*whole, *outputs)]
+    del graph.output[:]
+    graph.output.extend(whole)
     return later
 
 
@@ -139,7 +143,7 @@ def count_texts_alike(graph: Any) -> None:
     known = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
-            known.update({node.output[0]: each.t for each in node.attribute if each.name == "value"})
+            known[node.output[0]] = next(each.t for each in node.attribute if each.name == "value")
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:

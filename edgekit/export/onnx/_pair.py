@@ -42,8 +42,8 @@ def ship(root: Path, quantized: Path, stage: Path) -> None:
     Raises CorruptCheckpoint.
     """
     with readable_os_errors(stage):
-        carry(root, stage)
         (stage / SHIPPED).parent.mkdir(parents=True, exist_ok=True)
+        carry(root, stage)
         _layout.write_two_files(quantized.with_name(ENCODER), stage / SHIPPED_ENCODER)
         _layout.write_two_files(quantized, stage / SHIPPED, _branching.branch)
         _layout.announce(stage / "config.json", *(Path(name).name for name in (SHIPPED_ENCODER, SHIPPED)))
