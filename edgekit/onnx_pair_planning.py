@@ -24,6 +24,9 @@ TRAINED = 512
 that longer ones run."""
 
 _TABLE = re.compile(r"(^|\.)(shared|embed_tokens|lm_head)\.weight$")
+_POSITIONS = "embed_positions"
+_SINES = ("marian", "pegasus")
+"""Families whose tables of positions are reckoned where the checkpoint has none."""
 _BIAS = "relative_attention_bias"
 _CROSS = re.compile(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj)\.weight$")
 
@@ -169,9 +172,12 @@ def _weights(checkpoint: Checkpoint, variant: Variant, shape: Shape, side: str) 
         if own != side or _TABLE.search(name) or f"EncDecAttention.{_BIAS}" in name:
             continue
         place = planning.place_of(name, ref.shape, tied=False)
-        if _BIAS in name or "embed_positions" in name or (len(ref.shape) == 2 and ref.shape[0] == 1):
+        if _BIAS in name or _POSITIONS in name or (len(ref.shape) == 2 and ref.shape[0] == 1):
             place = "table"
         yield planning.stored(name, tuple(ref.shape), place, variant, shape)
+    if checkpoint.config.get("model_type") in _SINES and not any(_POSITIONS in name for name in checkpoint.tensors):
+        table = (shape.context, shape.hidden)
+        yield planning.stored(f"{side}: {_POSITIONS}", table, "table", variant, shape)
 
 
 def cache_bytes(shape: Shape, context: int) -> int:
@@ -189,9 +195,10 @@ def compute_bytes(pair: Pair, context: int) -> int:
 
 
 def graph_bytes(pair: Pair, stored: tuple[Stored, ...]) -> int:
-    """Bytes of both graphs: what is too small for the data files, and nodes and names, fitted to T5 and BART."""
+    """Bytes of both graphs: what is too small for the data files, and nodes and names, fitted to T5 and BART. M2M100's
+    have tables of positions inside."""
     inside = sum(size for s in stored for size in s.sizes if size < INLINE)
-    return 15_000 + 12_000 * pair.encoder.layers + 30_000 * pair.decoder.layers + inside
+    return 78_000 + 10_000 * pair.encoder.layers + 22_000 * pair.decoder.layers + inside
 
 
 def _forecast(
