@@ -325,6 +325,43 @@ def test_strangers_read_the_folder(shipped: Path, reference: Any) -> None:
     assert logits.argmax(-1).tolist() == written[1:]
 
 
+JAVASCRIPT = """
+import { AutoModelForSeq2SeqLM, Tensor, env } from '@huggingface/transformers';
+env.allowRemoteModels = false;
+env.localModelPath = process.argv[2];
+const model = await AutoModelForSeq2SeqLM.from_pretrained(process.argv[3], { dtype: 'q8' });
+const ids = JSON.parse(process.argv[4]), shape = [1, ids.length];
+const inputs = new Tensor('int64', BigInt64Array.from(ids.map(BigInt)), shape);
+const attention_mask = new Tensor('int64', new BigInt64Array(ids.length).fill(1n), shape);
+const found = await model.generate({ inputs, attention_mask, max_new_tokens: 12, do_sample: false });
+console.log(JSON.stringify(found.tolist()[0].map(Number)));
+"""
+
+
+@pytest.mark.slow
+def test_folder_reads_in_transformers_js(shipped: Path, tmp_path: Path) -> None:
+    """EDGEKIT_TRANSFORMERS_JS names a folder with node_modules/@huggingface/transformers."""
+    where = os.environ.get("EDGEKIT_TRANSFORMERS_JS", "")
+    if not shutil.which("node") or not Path(where, "node_modules", "@huggingface", "transformers").is_dir():
+        pytest.skip("no node, or EDGEKIT_TRANSFORMERS_JS names no folder with @huggingface/transformers")
+    copy = tmp_path / "plain"
+    shutil.copytree(shipped, copy)
+    said = json.loads((copy / "generation_config.json").read_text())
+    kept = {k: v for k, v in said.items() if k not in RULES or k == "no_repeat_ngram_size"}
+    (copy / "generation_config.json").write_text(json.dumps(kept))
+    ids = [5, 17, 300, 44, 1]
+    with edgekit.load(copy, threads=1) as session:
+        expected = list(session.generate(ids, 12))
+    script = Path(where, f"edgekit-{os.getpid()}.mjs")
+    script.write_text(JAVASCRIPT)
+    try:
+        command = ["node", str(script), str(tmp_path), "plain", json.dumps(ids)]
+        written = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=where).stdout)
+    finally:
+        script.unlink()
+    assert len(set(expected)) > 3 and written[1:] == expected
+
+
 def test_texts_of_a_batch_do_not_touch(shipped: Path, reference: Any) -> None:
     import onnxruntime
     import torch
