@@ -16,6 +16,7 @@ from edgekit.errors import EdgekitError
 from edgekit.forecast import Forecast
 from edgekit.onnx_planning import PAIRS, TEXT2TEXT, Exporter, OnnxPlan, Shape, Stored, Variant, Wish
 from edgekit.planning import Memory
+from edgekit.quant import channels
 from edgekit.quant.nbits import INLINE, data_bytes
 from edgekit.target import Target
 
@@ -114,6 +115,8 @@ def plan(checkpoint: Checkpoint, target: Target, wish: Wish, exporter: Exporter)
 def _one(
     checkpoint: Checkpoint, variant: Variant, pair: Pair, context: int, target: Target, exporter: Exporter
 ) -> OnnxPlan:
+    if variant.kind != "nbits" and planning.saturates(target):
+        variant = replace(variant, largest=channels.NARROW)
     encoder = tuple(_encoder_weights(checkpoint, variant, pair.encoder))
     decoder = tuple(_decoder_weights(checkpoint, variant, pair.decoder))
     data = sum(data_bytes(size for s in side for size in s.sizes) for side in (encoder, decoder))

@@ -22,7 +22,7 @@ def branch(model: ModelProto) -> None:
     """Let the decoder `model` take `past_key_values.N.encoder.*` back where `use_cache_branch`, bool (1), is true.
 
     What computes `present.N.encoder.*` moves into the branch of an If that is taken when it is false; in the other one
-    the outputs are what was given. All other nodes are there once, so that every weight is in memory once.
+    the outputs are what was given. All other nodes are there once, so that one node reads each weight.
     Raises EdgekitError for a graph without such outputs.
     """
     from onnx import TensorProto, helper
