@@ -259,7 +259,7 @@ def open_session(
     graph = _checked_graph(folder.graph)
     notes = slow_here(graph, detect())
     cores = threads or usable_cores()
-    if takes_states(graph) and not embeddings:
+    if folder.genai is None and takes_states(graph) and not embeddings:
         return Seq2SeqSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
     if folder.genai is None and not takes_cache(graph):
         return EncoderSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
