@@ -97,8 +97,15 @@ def _files_of(data: Any) -> Mapping[str, Any]:
     return files if sound else {}
 
 
-GRAPHS = ("model.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
-"""Where an ONNX graph lies in a folder: as onnxruntime-genai lays it out, then as transformers.js does."""
+GRAPHS = (
+    "model.onnx",
+    "onnx/model_quantized.onnx",
+    "onnx/model.onnx",
+    "onnx/decoder_model_merged_quantized.onnx",
+    "onnx/decoder_model_merged.onnx",
+)
+"""Where an ONNX graph lies in a folder: as onnxruntime-genai lays it out, then as transformers.js does. Of an
+encoder-decoder it is the decoder's; the encoder lies beside it."""
 
 
 def model_file(ref: str | Path) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +231,8 @@ def _row_scales(path: Path, offset: int, tensor: Planned) -> Row:
 def _prove_onnx(
     made: Artifact, against: str | Path, level: str, threads: int | None, progress: Progress
 ) -> tuple[Checkpoint, Certificate]:
-    from edgekit import onnx_verification
+    from edgekit import onnx_pair_verification as pair
+    from edgekit import onnx_verification as single
 
     task, variant = made.manifest.get("task"), _plan_of(made).get("preset")
     if not isinstance(task, str) or variant not in onnx_planning.variants(task):
@@ -239,23 +241,29 @@ def _prove_onnx(
     source = pipeline.open_onnx(against, options, progress=progress)
     _require_same_source(made, source.checkpoint)
     decided = pipeline.plan_onnx(source, Target.load("host"), options)
-    certificate = onnx_verification.verify(
-        made.root, source.checkpoint.root, task, decided, _stated_report(made), level=level,
-        threads=threads or usable_cores(), progress=progress,
-    )  # fmt: skip
+    root, report = source.checkpoint.root, _stated_report(made)
+    two = task == onnx_planning.TEXT2TEXT
+    verify = partial(pair.verify, made.root, root) if two else partial(single.verify, made.root, root, task)
+    certificate = verify(decided, report, level=level, threads=threads or usable_cores(), progress=progress)
     return source.checkpoint, certificate
 
 
 def _stated_report(made: Artifact) -> Report:
     """What the quantizer did to every node, from the manifest. Raises CorruptCheckpoint."""
+    encoder = made.manifest.get("encoder")
+    report = _stated_part(made, made.manifest)
+    return replace(report, encoder=_stated_part(made, encoder)) if isinstance(encoder, Mapping) else report
+
+
+def _stated_part(made: Artifact, stated: Mapping[str, Any]) -> Report:
     from edgekit.export.onnx._rewriting import Left, Quantised, Report
 
     try:
         nodes = tuple(
             Quantised(str(n["node"]), str(n["op"]), (int(n["shape"][0]), int(n["shape"][1])), _nbits(n["fmt"]), 0.0)
-            for n in made.manifest["nodes"]
+            for n in stated["nodes"]
         )
-        left = tuple(Left(str(t["name"]), int(t["nbytes"]), str(t["reason"])) for t in made.manifest.get("left", ()))
+        left = tuple(Left(str(t["name"]), int(t["nbytes"]), str(t["reason"])) for t in stated.get("left", ()))
     except (KeyError, IndexError, TypeError, ValueError, EdgekitError):
         raise _no_plan(made) from None
     data = made.model.with_name(f"{made.model.name}.data")

@@ -69,7 +69,7 @@ def answer(
                 f"the prompt is {len(tokens)} tokens and the context {size}", f"--ctx-size {2 * len(tokens)}"
             )
         pieces, first = [], 0.0
-        for piece in session.stream(tokens, min(max_tokens, size - len(tokens)), temperature=temperature, seed=seed):
+        for piece in session.stream(tokens, max_tokens, temperature=temperature, seed=seed):
             first = first or time.monotonic() - loaded
             pieces.append(piece)
             if emit:

@@ -13,6 +13,7 @@ from edgekit.export.onnx import _bits
 from edgekit.gguf_file import GgufFile, open_gguf, plain
 from edgekit.onnx_file import TYPED, Initializer, Node, OnnxFile, Value, open_onnx
 from edgekit.quant import presets
+from edgekit.runtime._ort_pair import encoder_of, takes_states
 from edgekit.units import show_bytes, show_count
 
 
@@ -81,11 +82,13 @@ class Inspection:
 
 @dataclass(frozen=True)
 class OnnxInspection:
-    """An ONNX graph and what follows from it. `files`: external data by name, bytes."""
+    """An ONNX graph and what follows from it. `files`: external data by name, bytes. `encoder`: the graph beside a
+    decoder that reads what it makes."""
 
     file: OnnxFile
     files: Mapping[str, int]
     bits: _bits.Bits
+    encoder: Path | None = None
 
     @property
     def path(self) -> Path:
@@ -147,6 +150,8 @@ class OnnxInspection:
             ("outputs", _values(f.outputs)),
         ]
         found += [("float32", line) for line in self.bits.warnings]
+        if self.encoder is not None:
+            found.append(("reads", f"the states of {self.encoder.name}: edgekit inspect {self.encoder}"))
         return found
 
     def as_json(self, *, tensors: bool = False) -> dict[str, Any]:
@@ -185,7 +190,8 @@ def inspect(path: Path) -> Inspection | OnnxInspection:
     file = open_onnx(path)
     file.check(checksums=False)
     sizes = {name: found.stat().st_size for name, found in file.external_files().items()}
-    return OnnxInspection(file, sizes, _bits.read_bits(file))
+    encoder = encoder_of(path) if takes_states(file) else None
+    return OnnxInspection(file, sizes, _bits.read_bits(file), encoder)
 
 
 def _place(t: Initializer) -> tuple[str | None, int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgekit.console import headroom, memory_bar, panel, plain, rate, table_of_tensors
+from edgekit.onnx_planning import TEXT2TEXT
 from edgekit.units import show_bytes, show_count
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def _formats(plan: OnnxPlan) -> str:
 def _memory(plan: OnnxPlan, target: Target) -> list[tuple[str, str]]:
     memory = plan.memory
     length = f"{plan.context} tokens of context" if plan.shape.causal else f"texts of up to {plan.context} tokens"
+    if plan.task == TEXT2TEXT:
+        length = f"{plan.context} tokens read and as many written"
     rows = [("memory", f"[bold]{show_bytes(memory.total)}[/] at {length}")]
     if bar := memory_bar(memory):
         rows.append(("", f"{bar} {headroom(memory, target)}"))
@@ -106,5 +109,6 @@ def _next(done: OnnxConversion) -> list[tuple[str, str]]:
     rows = [("next", f"[bold cyan]edgekit bench {place}")]
     if done.plan.shape.causal:
         rows = [("next", f'[bold cyan]edgekit run {place} "Hello"'), ("", f"[cyan]edgekit bench {place}")]
-        rows.append(("", f'[cyan]python -c "import onnxruntime_genai as og; og.Model({str(done.out)!r})"'))
+        if done.plan.task != TEXT2TEXT:
+            rows.append(("", f'[cyan]python -c "import onnxruntime_genai as og; og.Model({str(done.out)!r})"'))
     return rows

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from edgekit.quant.nbits import INLINE, NBits, data_bytes, tensor_sizes, worthwh
 from edgekit.target import Target
 from edgekit.units import show_bytes
 
-GENERATION = "text-generation"
+GENERATION, TEXT2TEXT = "text-generation", "text2text-generation"
 Kind = Literal["nbits", "dynamic", "static"]
 Place = Literal["linear", "head", "embedding", "table", "rope", "plain"]
 
@@ -36,7 +36,10 @@ _HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output|decoder)\.weight$")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|embeddings)\.weight$")
 _TABLES = re.compile(r"(^|\.)\w*(position|token_type)\w*_embeddings?\.weight$|(^|\.)(wpe|embed_positions)\.weight$")
 _QKV = re.compile(r"(\.)[qkv]_proj(\.weight|\.bias)$")
-_SENSITIVE = re.compile(r"(qkv_proj|v_proj|down_proj|c_attn|query_key_value|dense_4h_to_h|fc2|fc_out|mlp[./]c_proj)\b")
+_SENSITIVE = re.compile(
+    r"(qkv_proj|v_proj|down_proj|c_attn|query_key_value|dense_4h_to_h|fc2|fc_out|mlp[./]c_proj|Attention[./]v"
+    r"|DenseReluDense[./]wo)\b"
+)
 _UNUSED = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|causal_mask|(attn|attention)\.bias)$")
 _PRETRAINING = re.compile(r"(^|\.)(pooler|cls|lm_head|mlm|vocab_\w+|discriminator_predictions|decoder|head)\.")
 
@@ -63,7 +66,7 @@ def _decoder(name: str, title: str, linear: NBits, *, mixed: bool = False) -> Va
 
 _INT8, _INT8_WIDE = NBits(8, 32, symmetric=True), NBits(8, 128, symmetric=True)
 
-DECODERS: Mapping[str, Variant] = {
+DECODERS: dict[str, Variant] = {
     v.name: v
     for v in (
         _decoder("int8", "8 bits, a scale for every 32 weights", _INT8),
@@ -75,7 +78,7 @@ DECODERS: Mapping[str, Variant] = {
 }
 """Best quality first."""
 
-ENCODERS: Mapping[str, Variant] = {
+ENCODERS: dict[str, Variant] = {
     v.name: v
     for v in (
         Variant("int8", "nbits", "8-bit weights in blocks of 32, arithmetic in 8 bits", _INT8, _INT8, _INT8),
@@ -85,6 +88,9 @@ ENCODERS: Mapping[str, Variant] = {
         Variant("int8-static", "static", "8-bit weights and activations with fixed scales", _INT8, _INT8, _INT8),
     )
 }
+
+PAIRS: Mapping[str, Variant] = DECODERS | {"int8-dynamic": ENCODERS["int8-dynamic"]}
+"""Of an encoder and a decoder, each stored alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +227,7 @@ def stored_weights(checkpoint: Checkpoint, variant: Variant, shape: Shape, *, fu
         place = place_of(name, dims, tied=tied)
         if tied and place == "head" and _HEADS.search(name):
             continue  # the same matrix a second time
-        found.append(_stored(name, dims, place, variant, shape))
+        found.append(stored(name, dims, place, variant, shape))
     return tuple(found)
 
 
@@ -241,7 +247,7 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
     return not any(_HEADS.search(name) for name in checkpoint.tensors)
 
 
-def _stored(name: str, dims: tuple[int, ...], place: Place, variant: Variant, shape: Shape) -> Stored:
+def stored(name: str, dims: tuple[int, ...], place: Place, variant: Variant, shape: Shape) -> Stored:
     fmt = _format_of(name, place, variant, shape.layers)
     if fmt is None or len(dims) != 2 or not worthwhile(*dims):
         return Stored(name, dims, place, "fp32", (4 * prod(dims),))
@@ -295,7 +301,7 @@ class Wish:
 
 
 def variants(task: str) -> Mapping[str, Variant]:
-    return DECODERS if task == GENERATION else ENCODERS
+    return {GENERATION: DECODERS, TEXT2TEXT: PAIRS}.get(task, ENCODERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,12 +318,18 @@ def plan(checkpoint: Checkpoint, task: str, target: Target, wish: Wish, exporter
 
     A named variant is planned whether it fits or not; `auto` raises DoesNotFit when nothing does. Raises UnknownName.
     """
-    known = variants(task)
     shape = shape_of(checkpoint.config, causal=task == GENERATION)
-    context = _context(wish.context, shape, target)
+    context = context_of(wish.context, shape, target)
+    return decide(variants(task), target, wish, lambda v: _one(checkpoint, task, v, shape, context, target, exporter))
+
+
+def decide(
+    known: Mapping[str, Variant], target: Target, wish: Wish, planned: Callable[[Variant], OnnxPlan]
+) -> OnnxPlan:
+    """Of the variants that the wish leaves, the one to take, each `planned`. Raises UnknownName, DoesNotFit."""
     choice = [_named(c, known) for c in wish.candidates] or list(known)
     names = choice if wish.quant.lower() == "auto" else [_named(wish.quant, known)]
-    plans = [_one(checkpoint, task, known[name], shape, context, target, exporter) for name in names]
+    plans = [planned(known[name]) for name in names]
     if wish.budget is not None:
         plans = _within(plans, wish.budget)
     return plans[0] if len(names) == 1 else _choose(plans, target, wish)
@@ -333,7 +345,7 @@ def _named(quant: str, known: Mapping[str, Variant]) -> str:
     return name
 
 
-def _context(asked: int | None, shape: Shape, target: Target) -> int:
+def context_of(asked: int | None, shape: Shape, target: Target) -> int:
     if asked is not None and asked < 1:
         raise EdgekitError(f"a context of {asked} tokens makes no sense", "write for example --ctx-size 4096")
     if asked is not None and asked > shape.context:
@@ -375,9 +387,9 @@ def _one(
         build_bytes=exporter.build_bytes,
         context=context,
         memory=memory,
-        forecast=_forecast(stored, shape, context, variant, target),
+        forecast=forecast_of(stored, shape, context, variant, target),
         why="as asked",
-        notes=_notes(variant, target),
+        notes=notes(variant, target),
     )
 
 
@@ -430,7 +442,7 @@ def graph_bytes(shape: Shape, task: str, stored: Sequence[Stored], *, fused: boo
     return 3_700 + 6_600 * shape.layers + inside
 
 
-def _forecast(stored: Sequence[Stored], shape: Shape, context: int, variant: Variant, target: Target) -> Forecast:
+def forecast_of(stored: Sequence[Stored], shape: Shape, context: int, variant: Variant, target: Target) -> Forecast:
     """As llama.cpp runs the format of the same bits on the CPU (measured level on x86-64, docs/benchmarks.md)."""
     cpu = next((b for b in target.backend if b.name == "cpu"), None)
     reason = no_fast_path(variant, target) or ("" if cpu else f"no figures for the CPU of {target.name}")
@@ -474,7 +486,7 @@ def saturates(target: Target) -> bool:
     return target.family == "x86" and not any("vnni" in name for name in has)
 
 
-def _notes(variant: Variant, target: Target) -> tuple[str, ...]:
+def notes(variant: Variant, target: Target) -> tuple[str, ...]:
     """What this CPU makes of it, and where a GGUF would be faster: the user should know what a format costs."""
     found = []
     if variant.largest < channels.LARGEST:

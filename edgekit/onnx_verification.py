@@ -6,7 +6,7 @@ Knows the order of the checks and what counts as a failure; the measuring is in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,9 @@ GRAPH, ALL_POSITIONS, ENCODER = "model.onnx", "model_all.onnx", "onnx/model_quan
 
 VECTORS = ("feature-extraction", "sentence-similarity")
 
-_EFFORT = {"quick": 1, "full": 4}
-_GREEDY = {"quick": 16, "full": 64}
-_SLACK = {"nbits": _proof.SLACK, "dynamic": 2.5, "static": 6.0}
+EFFORT = {"quick": 1, "full": 4}
+GREEDY = {"quick": 16, "full": 64}
+SLACK = {"nbits": _proof.SLACK, "dynamic": 2.5, "static": 6.0}
 """How much further off than plain rounding a graph may be: fixed scales of activations are learned from other texts."""
 _ENCODER_TOKENS = 512
 
@@ -39,11 +39,14 @@ _ENCODER_TOKENS = 512
 @dataclass(frozen=True)
 class Export:
     """What is known of the float32 graph, what the source predicts, and rows of every matrix: kept while the graph
-    itself goes. 256 KiB a matrix, and the logits of 64 positions twice."""
+    itself goes. 256 KiB a matrix, and the logits of 64 positions twice. The last two are of an encoder-decoder: rows of
+    the encoder's matrices, and what the float32 graphs wrote."""
 
     proof: _proof.Proof
     known: _predictions.Predictions
     rows: Mapping[str, _weights.Rows]
+    encoder_rows: Mapping[str, _weights.Rows] = field(default_factory=dict)
+    written: Sequence[Sequence[int]] = ()
 
 
 def prove_export(
@@ -61,7 +64,7 @@ def prove_export(
     One model is in memory at a time. Raises VerificationFailed where they differ by more than arithmetic;
     EdgekitError if transformers cannot run the model.
     """
-    _known_level(level)
+    known_level(level)
     if level == "none":
         return None
     progress("prove export", 0, 2)
@@ -87,7 +90,7 @@ def predict(
             parameters=decided.parameters,
             rounding=rounding,
             threads=threads,
-            effort=_EFFORT[level],
+            effort=EFFORT[level],
         )
     pooling = _pooling(root, task)
     length = min(_ENCODER_TOKENS, (pooling and pooling.max_length) or _ENCODER_TOKENS, decided.context)
@@ -124,7 +127,7 @@ def verify(
     `report`: what the quantizer did; without it only the plan's formats are asked for. `export`: what
     `prove_export` found, asked for again where it is missing or of another variant.
     """
-    _known_level(level)
+    known_level(level)
     if level == "none":
         return Certificate(level)
     steps = 5 if task == GENERATION else 4
@@ -146,7 +149,7 @@ def verify(
             figures["weight_error"] = _check_weights(graph, export, report)
             checks.append(Check("weights", f"rows of {len(export.rows)} matrices decode to the source within rounding"))
     proof = _judge(graph, root, task, decided, known, threads)
-    checks.append(Check("numbers", _numbers_detail(proof)))
+    checks.append(Check("numbers", numbers_detail(proof)))
     figures |= {"numbers": asdict(proof.figures), "expected": asdict(proof.expected) if proof.expected else None}
     notes += proof.warnings
     progress("verify", 4, steps)
@@ -158,7 +161,7 @@ def verify(
     return Certificate(level, tuple(checks), figures, tuple(dict.fromkeys(notes)))
 
 
-def _known_level(level: str) -> None:
+def known_level(level: str) -> None:
     if level not in LEVELS:
         raise EdgekitError(f"no verification level called {level!r}", f"known: {', '.join(LEVELS)}")
 
@@ -190,7 +193,7 @@ def _check_files(
         file = open_onnx(path)
         file.check()
         require_runnable(file)
-        found = _check_bits(file, decided, report)
+        found = check_bits(file, decided, report)
         data |= {p: p.stat().st_size for p in file.external_files().values()}
     where = f"on data of {show_bytes(sum(data.values()))}" if data else "with the weights inside"
     files = Check("files", f"{len(paths)} graph{'s' * (len(paths) > 1)} {where}, which this onnxruntime takes")
@@ -203,7 +206,7 @@ def _check_files(
     return [files, bits], figures, list(found.warnings)
 
 
-def _check_bits(file: OnnxFile, decided: OnnxPlan, report: Report | None) -> _bits.Bits:
+def check_bits(file: OnnxFile, decided: OnnxPlan, report: Report | None) -> _bits.Bits:
     if decided.variant.kind != "nbits":
         found = _bits.read_bits(file)
         if not found.integer:
@@ -307,7 +310,7 @@ def _rendered(template: chat.Template, messages: Sequence[Mapping[str, str]]) ->
 def _judge(
     graph: Path, root: Path, task: str, decided: OnnxPlan, known: _predictions.Predictions, threads: int
 ) -> _proof.Proof:  # fmt: skip
-    slack = _SLACK[decided.variant.kind]
+    slack = SLACK[decided.variant.kind]
     if task == GENERATION:
         return _proof.judge_decoder(graph, known, exact=False, threads=threads)
     return _proof.judge_encoder(graph, known, _pooling(root, task), exact=False, slack=slack, threads=threads)
@@ -320,7 +323,7 @@ def _exact_detail(found: _proof.Figures) -> str:
     return f"the float32 graph is within {found.relative:.1e} of transformers on {where}"
 
 
-def _numbers_detail(proof: _proof.Proof) -> str:
+def numbers_detail(proof: _proof.Proof) -> str:
     found, expected = proof.figures, proof.expected
     plain = f"; plain rounding: {expected.relative:.2g}" if expected else ""
     if found.kl is not None:
@@ -340,7 +343,7 @@ def _greedy(
     folder: Path, known: _predictions.Predictions, decided: OnnxPlan, level: str, noise: float, threads: int
 ) -> _proof.Greedy:  # fmt: skip
     """A short prompt, and one that is past the window where there is room for an answer behind it."""
-    n, ids = _GREEDY[level], known.texts[0]
+    n, ids = GREEDY[level], known.texts[0]
     room = max(1, decided.context - n)
     prompts = [ids[: min(12, room)], ids[: min(len(ids), room)]]
     judge = folder / ALL_POSITIONS

@@ -29,6 +29,8 @@ from edgekit.runtime._common import Spent
 from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find
 from edgekit.runtime._ort_genai import Settings as EngineSettings
+from edgekit.runtime._ort_pair import Pair, encoder_of, takes_states
+from edgekit.runtime._ort_seq2seq import TRAINED
 from edgekit.units import Progress, show_count
 
 Ids = npt.NDArray[np.int32]
@@ -45,7 +47,14 @@ def run(request: Request, progress: Progress) -> Ran:
     graph = open_onnx(path)
     graph.check(checksums=False)
     require_runnable(graph)
-    folder, weights = find(path), weights_of(graph)
+    folder = find(path)
+    graphs = [graph]
+    if takes_states(graph):
+        graphs.append(open_onnx(encoder_of(path)))
+    parts = [weights_of(each) for each in graphs]
+    weights = replace(
+        parts[0], parameters=sum(p.parameters for p in parts), nbytes=sum(p.nbytes for p in parts)
+    )  # a token is written by the decoder alone
     model = _opened(folder, graph, threads)
     tests = model.tests(request, progress)
     kv = next((v.dtype for v in graph.inputs if "past" in v.name), "float32")
@@ -74,6 +83,8 @@ class _Timed(Protocol):
 def _opened(folder: Folder, graph: OnnxFile, threads: int) -> _Timed:
     if folder.genai is not None:
         return _Decoder(folder, decoder_facts(folder), _Genai(folder, threads))
+    if takes_states(graph):
+        return _Pair(folder, cached_facts(folder, graph, TRAINED), threads)
     if takes_cache(graph):
         facts = cached_facts(folder, graph)
         return _Decoder(folder, facts, _Alone(folder, facts, threads))
@@ -178,6 +189,61 @@ class _Decoder:
 
         def warm_up() -> None:
             self._engine.empty(sum(sizes)).append_tokens(self._draw(n_prompt or 1))
+
+        return clock.measure(sizes, warm_up, once)
+
+    def _draw(self, count: int) -> Ids:
+        return self._random.integers(0, self._facts.n_vocab, count, np.int32)
+
+
+# --- encoder-decoders ------------------------------------------------------------------------------------------------
+
+
+class _Pair:
+    """A text is read by the encoder and its keys computed (prefill); another is written, a token at a time (decode)."""
+
+    SOURCE = 32
+    """Tokens that were read before the ones that are timed are written."""
+
+    def __init__(self, folder: Folder, facts: DecoderFacts, threads: int) -> None:
+        self._folder, self._facts = folder, facts
+        self._pair = Pair(encoder_of(folder.graph), folder.graph, facts.n_vocab, threads, (), Spent())
+        self.load_ms, self.devices = self._pair.load_ms, "CPU"
+        self._random = np.random.default_rng()
+
+    def tests(self, request: Request, progress: Progress) -> tuple[Measurement, ...]:
+        sizes = decoder_tests(request, self._folder.root.name)
+        clock = Clock(request.repetitions, len(sizes), progress)
+        return tuple(self._test(s, clock) for s in sizes)
+
+    def _test(self, sizes: Sizes, clock: Clock) -> Measurement:
+        n_prompt, n_gen, n_depth = sizes
+        longest = max(n_prompt, n_gen + n_depth)
+        if longest > self._facts.context:
+            raise RuntimeFailed(
+                f"{longest} tokens do not fit in the {self._facts.context} of {self._folder.root.name}",
+                "fewer with -p and -n",
+            )
+
+        def once() -> tuple[int, float | None]:
+            if n_prompt:
+                ids = self._draw(n_prompt)
+                start = time.perf_counter_ns()
+                self._pair.read(ids)
+                took = time.perf_counter_ns() - start
+                self._pair.append([0])[-1].argmax()
+                return took, (time.perf_counter_ns() - start) / 1e6
+            self._pair.read(self._draw(self.SOURCE))
+            for _ in range(1 + n_depth):  # the first one computes the encoder's keys
+                self._pair.append(self._draw(1).tolist())
+            start = time.perf_counter_ns()
+            for token in self._draw(n_gen).tolist():
+                self._pair.append([token])
+            return time.perf_counter_ns() - start, None
+
+        def warm_up() -> None:
+            self._pair.read(self._draw(n_prompt or self.SOURCE))
+            self._pair.append([0])
 
         return clock.measure(sizes, warm_up, once)
 

@@ -77,8 +77,14 @@ def look(path: Path, name: str | None = None, plan: Plan | None = None, precisio
 def _look_onnx(path: Path, name: str | None) -> Model:
     from edgekit.runtime._ort_cache import takes_cache
     from edgekit.runtime._ort_folder import cached_facts, decoder_facts, find
+    from edgekit.runtime._ort_pair import takes_states
 
     graph = open_onnx(path)
+    if takes_states(graph):
+        raise EdgekitError(
+            f"{find(path).root.name} reads one text and writes another: a text alone has no perplexity to it",
+            "edgekit certify ARTIFACT --against MODEL --level full measures the divergence of what it writes",
+        )
     nbytes = path.stat().st_size + sum(file.stat().st_size for file in graph.external_files().values())
     folder = find(path)
     if folder.genai is None and not takes_cache(graph):

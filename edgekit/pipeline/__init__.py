@@ -8,7 +8,7 @@ from typing import Any
 from edgekit import arch
 from edgekit.checkpoint import open_checkpoint
 from edgekit.errors import UnknownName, UnsupportedModel
-from edgekit.onnx_planning import DECODERS, ENCODERS, OnnxPlan
+from edgekit.onnx_planning import ENCODERS, PAIRS, OnnxPlan
 from edgekit.pipeline import _gguf, _manifest, _onnx
 from edgekit.pipeline._gguf import (
     Conversion,
@@ -93,7 +93,7 @@ def export_format(model: str | Path, device: Target, options: Options, *, progre
     if chosen == "auto":
         chosen = _fitting_format(model, device, progress)
     quant = (options.quant or "").lower().replace("_", "-")
-    if chosen == "gguf" and quant in {*DECODERS, *ENCODERS}:
+    if chosen == "gguf" and quant in {*PAIRS, *ENCODERS}:
         raise UnknownName(f"{options.quant} is an ONNX format, and this makes a GGUF", f"--format onnx -q {quant}")
     return chosen
 

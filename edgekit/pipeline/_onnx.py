@@ -6,15 +6,16 @@ import platform
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgekit import artifact, onnx_planning
+from edgekit import artifact, onnx_pair_planning, onnx_planning
 from edgekit.artifact import Artifact
 from edgekit.checkpoint import Checkpoint, open_checkpoint
 from edgekit.errors import DoesNotFit, EdgekitError, UnsupportedModel
 from edgekit.host import usable_cores
-from edgekit.onnx_planning import OnnxPlan, Wish
+from edgekit.onnx_planning import TEXT2TEXT, OnnxPlan, Wish
 from edgekit.pipeline._manifest import learned, public_ref, versions
 from edgekit.pipeline._model import Options, safe_name
 from edgekit.recipe import Recipe
@@ -92,6 +93,8 @@ def plan_source(source: OnnxSource, target: Target, options: Options) -> OnnxPla
         candidates=export.candidates if export.format == "onnx" else (),
     )
     checkpoint, engine = source.checkpoint, source.engine
+    if engine.task == TEXT2TEXT:
+        return onnx_pair_planning.plan(checkpoint, target, wish, engine.exporter)
     return onnx_planning.plan(checkpoint, engine.task, target, wish, engine.exporter)
 
 
@@ -157,6 +160,12 @@ def _calibration(
     source: OnnxSource, device: Target, decided: OnnxPlan, recipe: Recipe, options: Options
 ) -> tuple[str, tuple[str, ...]]:
     """(what is read to learn from, why nothing is if that was not the user's choice)."""
+    if decided.task == TEXT2TEXT:
+        if options.calibration not in (None, "none", "auto"):
+            raise EdgekitError(
+                "encoder-decoders are rounded to nearest: nothing is calibrated", "leave --calibration out"
+            )
+        return "none", ()
     if not decided.shape.causal:
         return _encoder_text(decided, options), ()
     wanted = options.calibration or recipe.export.calibration
@@ -238,35 +247,42 @@ def _warnings(source: OnnxSource, decided: OnnxPlan) -> tuple[str, ...]:
 
 
 def _make(done: OnnxConversion, job: _Job, progress: Progress) -> OnnxConversion:
-    from edgekit import onnx_verification
+    from edgekit import onnx_pair_verification as pair
+    from edgekit import onnx_verification as single
 
     threads = job.threads
     level = job.options.verify or job.recipe.export.verify
     checkpoint, engine = done.source.checkpoint, done.source.engine
+    two, root = engine.task == TEXT2TEXT, checkpoint.root
     with artifact.staging(done.out, force=job.options.force) as stage:
         with tempfile.TemporaryDirectory(prefix="work-", dir=stage) as temporary:
             work = Path(temporary)
-            graph = engine.build(checkpoint.root, work / "float32", progress)
-            export = onnx_verification.prove_export(
-                graph, checkpoint.root, engine.task, done.plan, level=level, threads=threads, progress=progress
+            graph = engine.build(root, work / "float32", progress)
+            prove = (
+                partial(pair.prove_export, graph, root)
+                if two
+                else partial(single.prove_export, graph, root, engine.task)
             )
+            export = prove(done.plan, level=level, threads=threads, progress=progress)
             done, report = _store(done, job, graph, work, progress)
-            engine.ship(graph.parent, report.graph, checkpoint.root, stage, done.plan, done.target.threads)
-        certificate = onnx_verification.verify(
-            stage,
-            checkpoint.root,
-            engine.task,
-            done.plan,
-            report,
-            export,
-            level=level,
-            threads=threads,
-            progress=progress,
-        )
+            done = _weighed(done, report)
+            engine.ship(graph.parent, report.graph, root, stage, done.plan, done.target.threads)
+        verify = partial(pair.verify, stage, root) if two else partial(single.verify, stage, root, engine.task)
+        certificate = verify(done.plan, report, export, level=level, threads=threads, progress=progress)
         (stage / "README.md").write_text(_card(done, certificate), encoding="utf-8")
         artifact.seal(stage, _manifest(done, certificate, job.recipe, report), {})
     warnings = tuple(dict.fromkeys(done.warnings + certificate.warnings))
     return replace(done, artifact=artifact.open_artifact(done.out), certificate=certificate, warnings=warnings)
+
+
+def _weighed(done: OnnxConversion, report: Report) -> OnnxConversion:
+    """The plan with the bytes that were written; a difference to those planned is told."""
+    planned = done.plan.data_bytes
+    written = report.data_bytes + (report.encoder.data_bytes if report.encoder else 0)
+    if written == planned:
+        return done
+    said = f"the weights take {written:,} bytes; {planned:,} were planned"
+    return replace(done, plan=replace(done.plan, data_bytes=written), warnings=(*done.warnings, said))
 
 
 def _store(
@@ -276,6 +292,11 @@ def _store(
     from edgekit.export import onnx
 
     decided = done.plan
+    if decided.task == TEXT2TEXT:
+        pair = onnx_pair_planning.shape_of(done.source.checkpoint.config)
+        place = work / "stored"
+        place.mkdir()
+        return done, onnx.store_pair(graph.parent, place, decided.variant, pair, job.threads, progress=progress)
     if decided.shape.causal:
         onnx.cut_positions(graph, decided.context)
         if job.calibration != "none":
@@ -394,12 +415,21 @@ def _manifest(done: OnnxConversion, certificate: Certificate, recipe: Recipe, re
         "plan": summary(done.plan, tensors=True),
         "nodes": [asdict(node) for node in report.nodes],
         "left": [asdict(tensor) for tensor in report.left],
+        **_encoder_of(report),
         "certificate": asdict(certificate),
         **learned(done.outcome),
         "warnings": list(done.warnings),
         "versions": versions(packages),
         "instruction_set": platform.machine(),
     }
+
+
+def _encoder_of(report: Report) -> dict[str, Any]:
+    """Of an encoder-decoder, what the manifest says of the graph that is not its model file."""
+    if report.encoder is None:
+        return {}
+    part = report.encoder
+    return {"encoder": {"nodes": [asdict(n) for n in part.nodes], "left": [asdict(t) for t in part.left]}}
 
 
 def summary(decided: OnnxPlan, *, tensors: bool = False) -> dict[str, Any]:

@@ -302,7 +302,7 @@ def _figures(manifest: Any, evaluation: Any) -> tuple[dict[str, Figure], str]:
 
 def _writes(manifest: Any) -> bool:
     """False for an ONNX artefact that is no decoder: it decodes nothing."""
-    return text(at(manifest, "task")) in ("", "text-generation")
+    return text(at(manifest, "task")) in ("", "text-generation", "text2text-generation")
 
 
 def _evaluated(evaluation: Any) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekit import artifact
 from edgekit.errors import CorruptCheckpoint, EdgekitError
 from edgekit.onnx_file import OnnxFile
 from edgekit.units import show_bytes
@@ -16,8 +17,8 @@ GENAI = "genai_config.json"
 ALL_POSITIONS = "model_all.onnx"
 """The same decoder as model.onnx, over the same weights, with the logits of every position."""
 
-GRAPHS = ("model.onnx", "onnx/model_quantized.onnx", "onnx/model.onnx")
-"""Where a graph lies in a folder: genai's layout, then transformers.js'."""
+GRAPHS = artifact.GRAPHS
+"""Where a graph lies in a folder."""
 
 _LARGEST = 16 << 20
 _MOST_TOKENS = 1 << 24
@@ -122,12 +123,13 @@ def decoder_facts(folder: Folder) -> DecoderFacts:
     )
 
 
-def cached_facts(folder: Folder, graph: OnnxFile) -> DecoderFacts:
-    """As `decoder_facts` where there is no genai_config.json: from graph and config.json. Raises CorruptCheckpoint."""
+def cached_facts(folder: Folder, graph: OnnxFile, length: int | None = None) -> DecoderFacts:
+    """As `decoder_facts` where there is no genai_config.json: from graph and config.json. `length`: the context where
+    that names none. Raises CorruptCheckpoint."""
     where, config = folder.root / "config.json", folder.config
     logits = next(v for v in graph.outputs if v.name == "logits")
     width = logits.shape[-1] if logits.shape else None
-    length = next((config[key] for key in _LENGTHS if config.get(key)), None)
+    length = next((config[key] for key in _LENGTHS if config.get(key)), length)
     generation = read_object(folder.root / "generation_config.json") or {}
     stops = generation.get("eos_token_id", config.get("eos_token_id"))
     n_vocab = _count(width if isinstance(width, int) else config.get("vocab_size"), where, "vocab_size")

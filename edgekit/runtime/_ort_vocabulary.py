@@ -108,7 +108,7 @@ class Vocabulary:
         The space that the tokenizer puts in front of a text is no part of it.
         """
         data = b"".join(self.piece(t, special=special) for t in tokens)
-        if self._leads and data.startswith(b" "):
+        if self.leads and data.startswith(b" "):
             data = data[1:]
         return data.decode("utf-8", "replace")
 
@@ -145,7 +145,7 @@ class Vocabulary:
         return bpe.is_byte_level(self._tokenizer) or "ByteLevel" in ends
 
     @cached_property
-    def _leads(self) -> bool:
+    def leads(self) -> bool:
         """Whether texts get a space in front."""
         before = parts(self._tokenizer.get("pre_tokenizer"), "pretokenizers")
         if self._byte_level:

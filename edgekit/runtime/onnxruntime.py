@@ -1,5 +1,5 @@
-"""ONNX models: decoders through onnxruntime-genai; encoders, and decoders without a genai_config.json, through
-onnxruntime; text by the model's own tokenizer.
+"""ONNX models: decoders through onnxruntime-genai; encoders, encoder-decoders, and decoders without a
+genai_config.json, through onnxruntime; text by the model's own tokenizer.
 
 Knows contexts, sampling and notes; knows no recipe and no metric.
 """
@@ -26,6 +26,8 @@ from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_encoder import EncoderSession
 from edgekit.runtime._ort_folder import DecoderFacts, Folder, cached_facts, decoder_facts, find
 from edgekit.runtime._ort_genai import Decoder, Settings
+from edgekit.runtime._ort_pair import takes_states
+from edgekit.runtime._ort_seq2seq import Seq2SeqSession
 from edgekit.runtime._ort_vocabulary import Vocabulary
 from edgekit.runtime._sampling import Sampler, Sampling
 from edgekit.runtime._text import TextStream
@@ -35,6 +37,7 @@ __all__ = [
     "DecoderSession",
     "EncoderSession",
     "OrtSession",
+    "Seq2SeqSession",
     "open_decoder",
     "open_session",
     "template_of",
@@ -269,7 +272,7 @@ class DecoderSession(Writer):
         return self.folder.all_positions if apart else self.folder.graph
 
 
-OrtSession = DecoderSession | EncoderSession
+OrtSession = DecoderSession | EncoderSession | Seq2SeqSession
 
 
 def template_of(path: str | Path) -> Template | None:
@@ -311,8 +314,10 @@ def open_session(
     folder = find(Path(path))
     graph = _checked_graph(folder.graph)
     notes = slow_here(graph, detect())
+    cores = threads or usable_cores()
+    if folder.genai is None and takes_states(graph) and not embeddings:
+        return Seq2SeqSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
     if folder.genai is None and not takes_cache(graph):
-        cores = threads or usable_cores()
         return EncoderSession(folder, graph, n_ctx=n_ctx, threads=cores, providers=asked or (), notes=notes)
     if embeddings:
         raise RuntimeFailed(f"{folder.root.name} writes text and gives no vectors", "convert an embedding model")

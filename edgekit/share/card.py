@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgekit.checkpoint import Checkpoint
-from edgekit.onnx_planning import OnnxPlan
+from edgekit.onnx_planning import TEXT2TEXT, OnnxPlan
 from edgekit.planning import Plan
 from edgekit.target import Target
 from edgekit.units import show_bytes, show_count
@@ -59,7 +59,10 @@ def write_onnx(checkpoint: Checkpoint, decided: OnnxPlan, target: Target, checks
         lines.append(f"| speed on {target.title} | {_speed(decided)} |")
     lines += [f"| {check} | {detail} |" for check, detail in checks.items()]
     lines += ["", "## Use", "```python"]
-    if decided.shape.causal:
+    if decided.task == TEXT2TEXT:
+        lines += ["import edgekit", f"model = edgekit.load({name!r})"]
+        lines.append("print(''.join(model.stream(model.tokenize('A text.', add_special=True), 128)))")
+    elif decided.shape.causal:
         lines += ["import os; os.environ['ORT_DISABLE_TELEMETRY'] = '1'", "import onnxruntime_genai as og"]
         lines += [
             "model = og.Model('.')",

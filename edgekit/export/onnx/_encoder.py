@@ -21,13 +21,13 @@ from typing import IO, Any
 from edgekit.checkpoint._files import inside, read_json
 from edgekit.embedding import FILES, files_of
 from edgekit.errors import (
-    CorruptCheckpoint,
     EdgekitError,
     MissingExtra,
     RuntimeFailed,
     UnsupportedModel,
     VerificationFailed,
 )
+from edgekit.export.onnx import _layout
 from edgekit.export.onnx._child import OFFLINE
 from edgekit.units import Progress, show_bytes, silent
 
@@ -229,10 +229,10 @@ def ship(root: Path, graph: Path, stage: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     data = [path for path in graph.parent.glob(f"{graph.name}*") if path != graph]
     if graph.stat().st_size + sum(path.stat().st_size for path in data) <= _ONE_FILE:
-        _one_file(graph, out)
+        _layout.write_one_file(graph, out)
     else:
-        _two_files(graph, out)
-        _announce(stage / "config.json", out.name)
+        _layout.write_two_files(graph, out)
+        _layout.announce(stage / "config.json", out.name)
     return out
 
 
@@ -245,34 +245,3 @@ def carry(root: Path, stage: Path) -> tuple[str, ...]:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(root, name), stage / name)
     return tuple(names)
-
-
-def _one_file(graph: Path, out: Path) -> None:
-    import onnx
-
-    out.write_bytes(onnx.load(graph).SerializeToString())
-
-
-def _two_files(graph: Path, out: Path) -> None:
-    """The graph, and its one data file under the name that transformers.js expects."""
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False)
-    name = f"{out.name}_data"
-    found = set()
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                found.add(entry.value)
-                entry.value = name
-    if len(found) != 1:
-        raise CorruptCheckpoint(f"{graph} keeps its weights in {len(found)} files, not in one", "export it again")
-    shutil.copyfile(inside(graph.parent, found.pop()), out.with_name(name))
-    out.write_bytes(model.SerializeToString())
-
-
-def _announce(config: Path, name: str) -> None:
-    """Tell transformers.js of one data file beside the graph."""
-    said = read_json(config.parent, config.name)
-    said["transformers.js_config"] = {"use_external_data_format": {name: 1}}
-    config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

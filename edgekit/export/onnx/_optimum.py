@@ -63,7 +63,7 @@ def supported(config: Mapping[str, Any]) -> str | None:
     if not isinstance(family, str):
         return "config.json names no model_type"
     if config.get("is_encoder_decoder"):
-        return f"{family} writes with two graphs, an encoder and a decoder: edgekit exports and runs models of one"
+        return f"{family} is an encoder-decoder, which is another task: text2text-generation"
     if family not in FAMILIES:
         return f"optimum-onnx was not tried for {family}, only for {', '.join(FAMILIES)}"
     named = config.get("architectures")
@@ -180,11 +180,7 @@ def build(root: Path, folder: Path, *, progress: Progress = silent) -> Path:
     if why := supported(config):
         raise UnsupportedModel(f"{root.name}: {why}")
     python = require()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="optimum-", dir=folder) as work:
-        _lay_out(root, config, Path(work, "model"))
-        _run(python, root, Path(work, "model"), folder, progress)
-    shutil.rmtree(folder / "optimum", ignore_errors=True)
+    run("build", python, root, older(config, FAMILIES[config["model_type"]]), folder, progress)
     graph = folder / "model.onnx"
     if not graph.is_file():
         raise RuntimeFailed(f"optimum-onnx ended without writing {graph}", "this is a bug; please report it")
@@ -231,8 +227,8 @@ def genai_config(graph: OnnxFile, config: Mapping[str, Any], folder: Path) -> di
 
 
 def _lay_out(root: Path, config: Mapping[str, Any], folder: Path) -> None:
-    """A model folder for the older transformers: its config as that reads it, and links to the weights; nothing else
-    that it might load."""
+    """A model folder for the older transformers: `config` in its spelling, and links to the weights; nothing else that
+    it might load."""
     weights = sorted(path.name for path in root.glob("*.safetensors"))
     if not weights:
         raise UnsupportedModel(f"{root} holds no *.safetensors", "save the model with transformers first")
@@ -240,7 +236,7 @@ def _lay_out(root: Path, config: Mapping[str, Any], folder: Path) -> None:
     for name in (*weights, "model.safetensors.index.json"):
         if (root / name).is_file():
             _link(inside(root, name).absolute(), folder / name)
-    (folder / "config.json").write_text(json.dumps(older(config)), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _link(source: Path, name: Path) -> None:
@@ -250,11 +246,11 @@ def _link(source: Path, name: Path) -> None:
         shutil.copyfile(source, name)
 
 
-def older(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json as transformers 4 spells it: version 5's `rope_parameters` is unknown there and would be ignored
-    without a word, and with it the base and the share of a head that rotates."""
+def older(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """The config.json of a model of the class `architecture` as transformers 4 spells it: version 5's `rope_parameters`
+    is unknown there and would be ignored without a word, and with it the base and the share of a head that rotates."""
     found = {key: value for key, value in config.items() if key not in ("transformers_version", "auto_map")}
-    found["architectures"] = [FAMILIES[found["model_type"]]]
+    found["architectures"] = [architecture]
     if "dtype" in found:
         found["torch_dtype"] = found.pop("dtype")
     rope = found.pop("rope_parameters", None)
@@ -275,16 +271,28 @@ def _environment() -> dict[str, str]:
     return kept | OFFLINE | {"TOKENIZERS_PARALLELISM": "false"}
 
 
-def _run(python: Path, root: Path, model: Path, folder: Path, progress: Progress) -> None:
+def run(
+    verb: str, python: Path, root: Path, config: Mapping[str, Any], folder: Path, progress: Progress = silent
+) -> None:
+    """Let the child do `verb` with the weights in `root` and the `config` that is spelled for it, into `folder`.
+
+    Raises RuntimeFailed with the end of what the exporter said, UnsupportedModel for weights that are no safetensors.
+    """
+
     def understood(line: str) -> bool:
         step = re.match(r"edgekit: (\d)/(\d) ", line)
         if step:
             progress("building the float32 graph", int(step[1]) - 1, int(step[2]))
         return step is not None
 
-    command: list[str | Path] = [python, "-I", "-u", "-X", "utf8", CHILD, "build", model.absolute(), folder.absolute()]
-    status, said = follow(command, _environment(), understood)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="optimum-", dir=folder) as work:
+        model = Path(work, "model")
+        _lay_out(root, config, model)
+        command: list[str | Path] = [python, "-I", "-u", "-X", "utf8", CHILD, verb, model.absolute(), folder.absolute()]
+        status, said = follow(command, _environment(), understood)
     progress("building the float32 graph", 1, 1)
+    shutil.rmtree(folder / "optimum", ignore_errors=True)
     if status:
         weights = sum(path.stat().st_size for path in root.glob("*.safetensors"))
         raise failure("optimum-onnx", "export", root.name, f"whose weights have {show_bytes(weights)}", status, said)

@@ -3,6 +3,7 @@ of an environment in which edgekit is not installed.
 
     PYTHON -I _optimum_child.py versions
     PYTHON -I _optimum_child.py build MODEL_FOLDER OUTPUT_FOLDER
+    PYTHON -I _optimum_child.py build_pair MODEL_FOLDER OUTPUT_FOLDER
 
 Lines that begin with `edgekit:` say how far it is; everything else is the exporter's. A traceback is the report of a
 failure.
@@ -32,8 +33,24 @@ def versions() -> None:
 
 def build(root: str, folder: str) -> None:
     """Write the float32 graph of the checkpoint in `root` into `folder`: model.onnx, its weights in model.onnx.data."""
+    work = _export(root, folder, "text-generation-with-past")
+    model = _load(work / "model.onnx")
+    name_final_norm(model.graph)
+    _save(model, Path(folder, "model.onnx"))
+
+
+def build_pair(root: str, folder: str) -> None:
+    """Write the float32 graphs of the encoder-decoder in `root` into `folder`: encoder_model.onnx, decoder_model.onnx,
+    the weights of each in a file of its own, NAME.data."""
+    work = _export(root, folder, "text2text-generation-with-past")
+    _save(_load(work / "encoder_model.onnx"), Path(folder, "encoder_model.onnx"))
+    joined = join(_load(work / "decoder_model.onnx"), _load(work / "decoder_with_past_model.onnx"))
+    _save(joined, Path(folder, "decoder_model.onnx"))
+
+
+def _export(root: str, folder: str, task: str) -> Path:
+    """Graphs as optimum-onnx lays them out -> the folder that they are in."""
     _say("edgekit: 1/3 importing")
-    import onnx
     from optimum.exporters.onnx import main_export
 
     _say("edgekit: 2/3 tracing")
@@ -41,26 +58,120 @@ def build(root: str, folder: str) -> None:
     main_export(
         root,
         work,
-        task="text-generation-with-past",
+        task=task,
         dtype="fp32",
         device="cpu",
         framework="pt",
         library_name="transformers",
         local_files_only=True,
         do_validation=False,  # edgekit proves the graph itself, against its own transformers
+        no_post_process=task.startswith("text2text"),  # `join` makes one decoder of two, with every weight once
     )
     _say("edgekit: 3/3 writing")
-    model = onnx.load(work / "model.onnx")  # above 2 GB the weights lie in a file of optimum's own naming
-    name_final_norm(model.graph)
+    return work
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    model = onnx.load(path)  # above 2 GB the weights lie in a file of optimum's own naming
     look_tokens_up(model.graph)
+    return model
+
+
+def _save(model: Any, path: Path) -> None:
+    import onnx
+
     onnx.save_model(
         model,
-        Path(folder, "model.onnx"),
+        path,
         save_as_external_data=True,
         all_tensors_to_one_file=True,
-        location="model.onnx.data",
+        location=f"{path.name}.data",
         size_threshold=1024,
     )
+
+
+def join(first: Any, later: Any) -> Any:
+    """`later`, the decoder with a past, computing the keys and values of the encoder's states itself, as `first`, the
+    decoder without one, does -> one decoder for every step.
+
+    The inputs `past_key_values.N.encoder.*` go, the input `encoder_hidden_states` and the outputs `present.N.encoder.*`
+    come; an empty past of the decoder's own makes it the first step.
+    """
+    graph, other = later.graph, first.graph
+    count_texts_alike(other)
+    outputs = [value for value in other.output if ".encoder." in value.name]
+    kept = {value.name for value in outputs} | {value.name for value in other.input}
+    nodes = behind(other, {value.name for value in outputs})
+    if any("input_ids" in node.input for node in nodes):
+        raise ValueError("the keys of the encoder's states depend on what is written: two graphs do not become one")
+    taken = {node.name for node in graph.node}
+    for node in nodes:
+        node.name = f"/cross{node.name}" if node.name in taken else node.name
+        for names in (node.input, node.output):
+            names[:] = [name if not name or name in kept else f"cross.{name}" for name in names]
+    read = {name for node in nodes for name in node.input}
+    for tensor in other.initializer:
+        if f"cross.{tensor.name}" in read:
+            tensor.name = f"cross.{tensor.name}"
+            graph.initializer.append(tensor)
+    past = {value.name.replace("present", "past_key_values", 1): value.name for value in outputs}
+    for node in graph.node:
+        node.input[:] = [past.get(name, name) for name in node.input]
+    own = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *own])
+    given = [value for value in graph.input if value.name not in past]
+    given += [value for value in other.input if value.name in read and value.name not in {v.name for v in given}]
+    copies = [_copy(value) for value in given]
+    del graph.input[:]
+    graph.input.extend(copies)
+    # the later one was traced with a single token and says so of its logits
+    whole = [next((o for o in other.output if o.name == value.name == "logits"), value) for value in graph.output]
+    whole = [_copy(value) for value in (*whole, *outputs)]
+    del graph.output[:]
+    graph.output.extend(whole)
+    return later
+
+
+def count_texts_alike(graph: Any) -> None:
+    """Let every node that asks how many texts there are ask the encoder's states. Of the decoder's own states that is
+    the same number, but they take whole layers to compute."""
+    from onnx import numpy_helper
+
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            known[node.output[0]] = next(each.t for each in node.attribute if each.name == "value")
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def counts(node: Any) -> bool:
+        index = known.get(node.input[1]) if node.op_type == "Gather" else None
+        return index is not None and not index.dims and numpy_helper.to_array(index) == 0
+
+    for node in graph.node:
+        if node.op_type == "Shape" and all(counts(reader) for reader in readers.get(node.output[0], [])):
+            node.input[0] = "encoder_hidden_states"
+
+
+def behind(graph: Any, names: set[str]) -> list[Any]:
+    """The nodes that `names` are computed by, in the order of the graph."""
+    needed, found = set(names), []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            found.append(node)
+    return found[::-1]
+
+
+def _copy(message: Any) -> Any:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
 
 
 def name_final_norm(graph: Any) -> None:
@@ -93,4 +204,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "versions":
         versions()
     else:
-        build(*sys.argv[2:])
+        {"build": build, "build_pair": build_pair}[sys.argv[1]](*sys.argv[2:])

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from edgekit import corpus
 from edgekit.batches import open_tokenizer
 from edgekit.errors import EdgekitError, MissingExtra, UnsupportedVocabulary
+from edgekit.onnx_planning import TEXT2TEXT
 from edgekit.vocab import read_vocabulary
 
 Floats = npt.NDArray[np.float32]
@@ -32,6 +33,8 @@ POSITIONS = 64
 """Positions whose logits are compared: enough to meet every layer and both sides of a window, few enough to keep."""
 SHORTEST = 96
 USUAL = 192
+WRITTEN = 40
+"""Tokens of what an encoder-decoder is made to write, each text."""
 BEYOND = 64
 """Tokens past the sliding window."""
 WORK = 2.5e12
@@ -53,7 +56,8 @@ SENTENCES = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the process is told. `positions`: those of the logits wanted (decoders); all where empty."""
+    """What the process is told. `positions`: those of the logits wanted (decoders); all where empty. `targets`: what an
+    encoder-decoder writes for each text, its first token included."""
 
     root: str
     task: str
@@ -61,6 +65,7 @@ class Request:
     positions: Sequence[int] = ()
     rounding: Rounding | None = None
     threads: int = 1
+    targets: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Predictions:
     rounded: tuple[Mapping[str, Floats], ...] = ()
     rounding: Rounding | None = None
     window: int | None = None
+    targets: tuple[tuple[int, ...], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -108,6 +114,36 @@ def predict_encoder(
     texts = [encode(root, text, max_length) for text in SENTENCES]
     outputs, rounded = ask(Request(str(root), task, texts, (), rounding, threads))
     return Predictions(tuple(map(tuple, texts)), (), outputs, rounded, rounding)
+
+
+def predict_pair(
+    root: Path, *, context: int, rounding: Rounding | None = None, threads: int = 1, effort: int = 1
+) -> Predictions:
+    """An encoder-decoder's states of some SENTENCES, and its logits along other texts as if it had written those.
+
+    `context`: most tokens of either. Texts of a word to a page; `effort`: times the usual length of what is written.
+    """
+    config = text_config(root)
+    vocab = int(config.get("vocab_size", 0)) or 1 << 30
+    first = start_token(root)
+    texts = [[i for i in encode(root, SENTENCES[n], min(context, 512)) if i < vocab] for n in (0, 3, 6)]
+    written = [[i for i in encode(root, SENTENCES[n]) if i < vocab] for n in (2, 4, 5)]
+    targets = [[first, *ids][: min(context, WRITTEN * effort)] for ids in written]
+    outputs, rounded = ask(Request(str(root), TEXT2TEXT, texts, (), rounding, threads, targets))
+    return Predictions(tuple(map(tuple, texts)), (), outputs, rounded, rounding, targets=tuple(map(tuple, targets)))
+
+
+def start_token(root: Path) -> int:
+    """What an encoder-decoder's text begins with. Raises EdgekitError where neither config says."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            said = json.loads((root / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        for key in ("decoder_start_token_id", "bos_token_id"):
+            if isinstance(said.get(key), int):
+                return int(said[key])
+    raise EdgekitError(f"{root} names no decoder_start_token_id", "add it to its config.json")
 
 
 # --- the text --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ FLOOR = 0.01
 FAR_KL = 0.5
 """Nats a token from the source from where on a model is called damaged, though its graph is right."""
 
-_BROKEN = "the graph is not what the model computes: please report this with `edgekit doctor --json`"
+AGAIN = "the graph is not what the model computes: please report this with `edgekit doctor --json`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,12 @@ def against_source(
 def judge_decoder(graph: Path, known: Predictions, *, exact: bool, threads: int = 1) -> Proof:
     """As `against_source`, with predictions that were asked for before."""
     rows = Decoder(graph, threads).logits(known.texts[0], known.positions)
-    found = _decoder_figures(known, known.outputs[0]["logits"], rows)
+    found = decoder_figures(known, known.outputs[0]["logits"], rows)
     if exact:
         return Proof(require_exact(graph, found), None, _unpassed(found))
-    expected = _decoder_figures(known, known.outputs[0]["logits"], known.rounded[0]["logits"])
+    expected = decoder_figures(known, known.outputs[0]["logits"], known.rounded[0]["logits"])
     require_rounding(graph, found, expected)
-    return Proof(found, expected, (*_unpassed(found), *_far(found)))
+    return Proof(found, expected, (*_unpassed(found), *far(found)))
 
 
 def parameters(graph: Path) -> int:
@@ -120,9 +120,10 @@ def parameters(graph: Path) -> int:
     return sum(8 * t.nbytes // bits[t.dtype] for t in open_onnx(graph).tensors if t.dtype in bits)
 
 
-def _decoder_figures(known: Predictions, reference: Floats, rows: Floats) -> Figures:
+def decoder_figures(known: Predictions, reference: Floats, rows: Floats) -> Figures:
+    """How far the logits `rows`, float32 (positions, vocabulary), are from `reference`."""
     if rows.shape != reference.shape:
-        raise VerificationFailed(f"the graph gives logits {rows.shape}, the model {reference.shape}", _BROKEN)
+        raise VerificationFailed(f"the graph gives logits {rows.shape}, the model {reference.shape}", AGAIN)
     r, g = (x.astype(np.float64) for x in (reference, rows))
     r, g = r - r.mean(1, keepdims=True), g - g.mean(1, keepdims=True)
     p, q = (
@@ -133,9 +134,9 @@ def _decoder_figures(known: Predictions, reference: Floats, rows: Floats) -> Fig
     clear = top[:, -1] - top[:, -2] > CLEAR * r.std(1)
     return Figures(
         compared=len(r),
-        tokens=len(known.texts[0]),
-        relative=_relative(r, g),
-        worst=max(_relative(a, b) for a, b in zip(r, g, strict=True)),
+        tokens=sum(map(len, known.texts)),
+        relative=relative(r, g),
+        worst=max(relative(a, b) for a, b in zip(r, g, strict=True)),
         max_abs=float(np.abs(reference.astype(np.float64) - rows).max()),
         top1=float(same.mean()),
         flips=int((clear & ~same).sum()),
@@ -145,8 +146,8 @@ def _decoder_figures(known: Predictions, reference: Floats, rows: Floats) -> Fig
     )
 
 
-def _relative(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
-    """Not finite counts as infinitely far."""
+def relative(reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> float:
+    """|difference| / |reference|. Not finite counts as infinitely far."""
     difference = float(np.linalg.norm(found.astype(np.float64) - reference))
     size = float(np.linalg.norm(reference))
     return difference / size if np.isfinite(difference) and size else 0.0 if difference == 0 else float("inf")
@@ -158,7 +159,7 @@ def _unpassed(found: Figures) -> tuple[str, ...]:
     return (f"the proof read {found.tokens} tokens: its sliding window of {found.window} was not reached",)
 
 
-def _far(found: Figures) -> tuple[str, ...]:
+def far(found: Figures) -> tuple[str, ...]:
     if found.kl is None or found.kl < FAR_KL:
         return ()
     return (
@@ -177,7 +178,7 @@ def require_exact(graph: Path, found: Figures) -> Figures:
             f"{graph.name} does not compute what the model computes: it differs by {found.relative:.2g} of its outputs "
             f"(at most {RELATIVE:g} is arithmetic), by {found.worst:.2g} at worst, "
             f"and {found.flips} of {found.compared} clear choices are others",
-            _BROKEN,
+            AGAIN,
         )
     return found
 
@@ -193,7 +194,7 @@ def require_rounding(graph: Path, found: Figures, expected: Figures, slack: floa
         raise VerificationFailed(
             f"{graph.name} is further from the model than its number format explains: {found.relative:.3g} of the "
             f"outputs (rounding to nearest: {expected.relative:.3g}){measure}",
-            _BROKEN,
+            AGAIN,
         )
 
 
@@ -262,8 +263,8 @@ def _encoder_figures(
     return Figures(
         compared=len(known.texts),
         tokens=sum(map(len, known.texts)),
-        relative=_relative(flat_r, flat_g),
-        worst=max(_relative(r, g) for r, g in pairs),
+        relative=relative(flat_r, flat_g),
+        worst=max(relative(r, g) for r, g in pairs),
         max_abs=float(np.abs(flat_r - flat_g).max()),
         top1=float(np.mean(same)),
         flips=0,
@@ -278,7 +279,7 @@ def _paired(reference: Mapping[str, Floats], found: Mapping[str, Floats]) -> lis
         if reference[theirs].shape != found[ours].shape:
             raise VerificationFailed(
                 f"the graph's {ours} has shape {found[ours].shape}, the model's {theirs} {reference[theirs].shape}",
-                _BROKEN,
+                AGAIN,
             )
     return [(reference[theirs], found[ours]) for theirs, ours in names]
 
@@ -345,7 +346,7 @@ def same_greedy(
     for ids, (tokens, first) in zip(prompts, answers, strict=True):
         asked = range(len(ids) - 1, len(ids) - 1 + len(tokens))
         rows = judge.logits([*ids, *tokens[:-1]], tuple(asked)).astype(np.float64)
-        differences.append(_relative(rows[0] - rows[0].mean(), first - first.mean()))
+        differences.append(relative(rows[0] - rows[0].mean(), first - first.mean()))
         lead = (rows.max(1) - rows[np.arange(len(tokens)), list(tokens)]) / rows.std(1)
         same += int((lead == 0).sum())
         gaps += lead.tolist()
@@ -354,6 +355,6 @@ def same_greedy(
         raise VerificationFailed(
             f"the shipped graph in {shipped.name} does not continue prompts as {unpruned.name} would: {found.same} of "
             f"{found.tokens} tokens are the same, its logits differ by {found.relative:.2g}",
-            _BROKEN,
+            AGAIN,
         )
     return found

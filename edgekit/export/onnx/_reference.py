@@ -22,6 +22,7 @@ from edgekit.export.onnx._predictions import Request
 
 AUTO = {
     "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
@@ -76,6 +77,8 @@ def _outputs(model: Any, asked: Request, prefix: str) -> dict[str, npt.NDArray[n
         settings["use_cache"] = False
     for number, ids in enumerate(asked.texts):
         given = torch.tensor([ids])
+        if asked.targets:
+            settings["decoder_input_ids"] = torch.tensor([asked.targets[number]])
         answer = model(input_ids=given, attention_mask=torch.ones_like(given), **settings)
         for name, value in answer.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:

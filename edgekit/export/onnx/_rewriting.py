@@ -47,7 +47,8 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`data_bytes`: size of the data file; `graph_bytes`: of the graph beside it."""
+    """`data_bytes`: size of the data file; `graph_bytes`: of the graph beside it. `encoder`: what was done to the other
+    graph, where this is the decoder of a pair."""
 
     graph: Path
     data: Path
@@ -55,6 +56,7 @@ class Report:
     left: tuple[Left, ...]
     data_bytes: int
     graph_bytes: int
+    encoder: Report | None = None
 
 
 class Rewriting(ABC):
