@@ -265,6 +265,11 @@ def test_spearman_is_scipy_s(tmp_path: Path) -> None:
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
+def test_tests_that_nobody_asked_for_fit_the_context(built: Path) -> None:
+    found = bench(built / "model.onnx", depth=200, repetitions=1, threads=1, isolate=False)
+    assert [(t.n_prompt, t.n_gen) for t in found.tests] == [(55, 0), (0, 55)]
+
+
 def test_what_a_graph_cannot_be_asked_is_refused(built: Path, tmp_path: Path) -> None:
     graph = built / "model.onnx"
     with pytest.raises(RuntimeFailed, match="do not fit in the 256"):

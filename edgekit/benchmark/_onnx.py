@@ -160,21 +160,22 @@ class _Decoder:
         self._random = np.random.default_rng()
 
     def tests(self, request: Request, progress: Progress) -> tuple[Measurement, ...]:
-        sizes = decoder_tests(request, self._folder.root.name)
+        sizes = decoder_tests(request, self._folder.root.name, self._facts.context - 1)
         clock = Clock(request.repetitions, len(sizes), progress)
         with library.readable(self._folder.graph):
             return tuple(self._test(s, clock) for s in sizes)
 
     def _test(self, sizes: Sizes, clock: Clock) -> Measurement:
         n_prompt, n_gen, n_depth = sizes
-        if sum(sizes) > self._facts.context:
+        room = sum(sizes) + 1  # the first token of an answer needs a place too
+        if room > self._facts.context:
             raise RuntimeFailed(
-                f"{sum(sizes)} tokens do not fit in the {self._facts.context} of {self._folder.root.name}",
+                f"{room} tokens do not fit in the {self._facts.context} of {self._folder.root.name}",
                 "fewer with -p and -n, or convert with a larger --ctx-size",
             )
 
         def once() -> tuple[int, float | None]:
-            held = self._engine.empty(sum(sizes) + 1)
+            held = self._engine.empty(room)
             if n_depth:
                 held.append_tokens(self._draw(n_depth))
             parts = [self._draw(n_prompt)] if n_prompt else [self._draw(1) for _ in range(n_gen)]
@@ -188,7 +189,7 @@ class _Decoder:
             return took, (time.perf_counter_ns() - start) / 1e6
 
         def warm_up() -> None:
-            self._engine.empty(sum(sizes)).append_tokens(self._draw(n_prompt or 1))
+            self._engine.empty(room).append_tokens(self._draw(n_prompt or 1))
 
         return clock.measure(sizes, warm_up, once)
 
@@ -212,7 +213,7 @@ class _Pair:
         self._random = np.random.default_rng()
 
     def tests(self, request: Request, progress: Progress) -> tuple[Measurement, ...]:
-        sizes = decoder_tests(request, self._folder.root.name)
+        sizes = decoder_tests(request, self._folder.root.name, self._facts.context)
         clock = Clock(request.repetitions, len(sizes), progress)
         return tuple(self._test(s, clock) for s in sizes)
 

@@ -19,12 +19,14 @@ Run = Callable[[], tuple[int, float | None]]
 """Runs a test once: nanoseconds, and milliseconds to the first token where there is one."""
 
 
-def decoder_tests(request: Request, name: str) -> list[Sizes]:
-    """The tests of a decoder. Raises EdgekitError for what only an encoder can be asked."""
+def decoder_tests(request: Request, name: str, room: int | None = None) -> list[Sizes]:
+    """The tests of a decoder; those that nobody asked for keep to `room` tokens. Raises EdgekitError for what only an
+    encoder can be asked."""
     if request.texts:
         raise EdgekitError(f"{name} writes text, one text at a time", "leave --texts out")
-    prompts = (PROMPT,) if request.prompts is None else request.prompts
-    counts = (GENERATE,) if request.counts is None else request.counts
+    free = PROMPT if room is None else max(1, room - request.depth)
+    prompts = (min(PROMPT, free),) if request.prompts is None else request.prompts
+    counts = (min(GENERATE, free),) if request.counts is None else request.counts
     return [(p, 0, request.depth) for p in prompts] + [(0, n, request.depth) for n in counts]
 
 
