@@ -117,7 +117,7 @@ def test_the_data_file_is_as_long_as_the_checkpoint_said(demo: Path, tmp_path: P
     """From shapes alone; queries, keys and values are one matrix of the graph, the embedding is the head's."""
     report = quantize(demo, tmp_path / "model.onnx", Scheme(fmt, NBits(8, 64), NBits(8, 64)), search=False)
     shapes = {name: ref.shape for name, ref in open_checkpoint(DEMO).tensors.items()}
-    sizes = [4 * 1024 * 32] * 2  # cosines and sines
+    sizes = [4 * 32]  # frequencies of the rotation
     for name, shape in shapes.items():
         if "k_proj" in name or "v_proj" in name:
             continue
