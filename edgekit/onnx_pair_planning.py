@@ -115,7 +115,7 @@ def plan(checkpoint: Checkpoint, target: Target, wish: Wish, exporter: Exporter)
 def _one(
     checkpoint: Checkpoint, variant: Variant, pair: Pair, context: int, target: Target, exporter: Exporter
 ) -> OnnxPlan:
-    if variant.kind != "nbits" and planning.saturates(target):
+    if variant.kind != "nbits" and planning.lacks_vnni(target):
         variant = replace(variant, largest=channels.NARROW)
     encoder = tuple(_encoder_weights(checkpoint, variant, pair.encoder))
     decoder = tuple(_decoder_weights(checkpoint, variant, pair.decoder))
@@ -142,7 +142,7 @@ def _one(
         memory=memory,
         forecast=_forecast(encoder, decoder, pair, context, variant, target),
         why="as asked",
-        notes=planning.notes(variant, target),
+        notes=planning.notes(variant, target, task=planning.TEXT2TEXT),
     )
 
 

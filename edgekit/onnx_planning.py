@@ -359,7 +359,7 @@ def context_of(asked: int | None, shape: Shape, target: Target) -> int:
 def _one(
     checkpoint: Checkpoint, task: str, variant: Variant, shape: Shape, context: int, target: Target, exporter: Exporter
 ) -> OnnxPlan:
-    if variant.kind != "nbits" and saturates(target):
+    if variant.kind != "nbits" and lacks_vnni(target):
         variant = replace(variant, largest=channels.NARROW)
     stored = stored_weights(checkpoint, variant, shape, fused=exporter.fused)
     tables = 0
@@ -389,7 +389,7 @@ def _one(
         memory=memory,
         forecast=forecast_of(stored, shape, context, variant, target),
         why="as asked",
-        notes=notes(variant, target),
+        notes=notes(variant, target, task=task),
     )
 
 
@@ -479,20 +479,34 @@ def no_fast_path(variant: Variant, target: Target) -> str:
     return ""
 
 
-def saturates(target: Target) -> bool:
+def lacks_vnni(target: Target) -> bool:
     """Whether onnxruntime adds products of 8-bit integers in 16 bits on the target's CPU: x86 without VNNI.
-    Two large products overflow there, and what is computed is less than the sum."""
+
+    Two large products overflow there, and what is computed is less than the sum. Blocks of integers, which do not
+    overflow, are slow there: docs/benchmarks.md has what was measured.
+    """
     has = target.isa.has if target.isa else ()
     return target.family == "x86" and not any("vnni" in name for name in has)
 
 
-def notes(variant: Variant, target: Target) -> tuple[str, ...]:
+_SLOW_DECODER = (
+    "without VNNI llama.cpp writes faster than this, by a quarter where it was measured (leave out --format onnx)"
+)
+_SLOW_ENCODER = (
+    "without VNNI blocks of integers are slower than float32, by 1.1 to 1.5 times where it was measured: --prefer speed "
+    "is faster than both"
+)
+
+
+def notes(variant: Variant, target: Target, *, task: str) -> tuple[str, ...]:
     """What this CPU makes of it, and where a GGUF would be faster: the user should know what a format costs."""
     found = []
     if variant.largest < channels.LARGEST:
         found.append(
             f"weights use 7 of their 8 bits: without VNNI the CPU of {target.name} cuts off sums of larger products"
         )
+    if variant.kind == "nbits" and lacks_vnni(target) and task != TEXT2TEXT:
+        found.append(_SLOW_DECODER if task == GENERATION else _SLOW_ENCODER)
     if reason := no_fast_path(variant, target):
         found.append(f"{reason}: it unpacks every weight to a float there, a GGUF does not (leave out --format onnx)")
     first = target.backend[0].name

@@ -311,6 +311,10 @@ def test_sums_do_not_overflow_where_they_have_16_bits(
     wish = onnx_planning.Wish("int8-dynamic")
     plan = onnx_planning.plan(checkpoint, engine.task, Target.load(target), wish, engine.exporter)
     assert any("7 of their 8 bits" in note for note in plan.notes) is (largest == 63)
+    blocks = onnx_planning.plan(
+        checkpoint, engine.task, Target.load(target), onnx_planning.Wish("int8"), engine.exporter
+    )
+    assert any("--prefer speed" in note for note in blocks.notes) is (largest == 63), "blocks are slow there"
     graph = open_onnx(onnx.store(exported, tmp_path / "model.onnx", plan.variant, plan.shape.layers).graph)
     multiplied = {node.inputs[1] for node in graph.nodes if node.op == "MatMulInteger"}
     values = {t.name: graph.values(t) for t in graph.tensors if t.dtype == "int8"}
