@@ -493,8 +493,8 @@ _SLOW_DECODER = (
     "without VNNI llama.cpp writes faster than this, by a quarter where it was measured (leave out --format onnx)"
 )
 _SLOW_ENCODER = (
-    "without VNNI blocks of integers are slower than float32, by 1.1 to 1.5 times where it was measured: --prefer speed "
-    "is faster than both"
+    "without VNNI blocks of integers are slower than float32, by 1.1 to 1.5 times where it was measured: --prefer "
+    "speed is faster than both"
 )
 
 
