@@ -6,17 +6,16 @@ Knows prompts, rules and sampling; the graphs are `_ort_pair`'s.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import NoReturn
 
 from edgekit.chat import Template
 from edgekit.errors import CorruptCheckpoint, RuntimeFailed
 from edgekit.onnx_file import OnnxFile
 from edgekit.runtime import Logits, Timings
-from edgekit.runtime._common import Spent, Tokens, Writer, checked
+from edgekit.runtime._common import Spent, Tokens
 from edgekit.runtime._ort_folder import Folder, cached_facts, read_object
 from edgekit.runtime._ort_pair import Pair, encoder_of
-from edgekit.runtime._ort_vocabulary import Vocabulary
+from edgekit.runtime._ort_writer import FolderWriter
 from edgekit.runtime._rules import Rules, read_rules
 from edgekit.runtime._sampling import Sampler, Sampling
 from edgekit.runtime._text import TextStream
@@ -25,7 +24,7 @@ TRAINED = 512
 """Tokens of either text where config.json names no number: positions are relative then, and more can be asked for."""
 
 
-class Seq2SeqSession(Writer):
+class Seq2SeqSession(FolderWriter):
     """See `edgekit.runtime.Session`. `n_ctx` bounds the text that is read and the one that is written, each.
 
     `generate` reads its tokens and writes an answer to them: its first token, forced and forbidden ones are those of
@@ -69,25 +68,8 @@ class Seq2SeqSession(Writer):
         self.finish_reason = ""
 
     @property
-    def n_vocab(self) -> int:
-        return self._facts.n_vocab
-
-    @property
     def n_ctx(self) -> int:
         return self._size
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Read when it is first needed: token ids alone need none. Raises UnsupportedVocabulary."""
-        return Vocabulary(self.folder.root, self.folder.config, self._facts.stops)
-
-    @property
-    def bos(self) -> int | None:
-        return self.vocabulary.bos
-
-    @property
-    def add_bos(self) -> bool:
-        return self.vocabulary.add_bos
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -97,16 +79,6 @@ class Seq2SeqSession(Writer):
         """Scalars of config.json as `config.KEY`."""
         scalars = {k: v for k, v in self.folder.config.items() if isinstance(v, str | int | float | bool)}
         return {f"config.{key}": str(value) for key, value in scalars.items()}
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        return self.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
-
-    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        return self.vocabulary.detokenize(checked(tokens, self.n_vocab, self._name).tolist(), special=special)
-
-    def piece(self, token: int, *, special: bool = False) -> bytes:
-        checked([token], self.n_vocab, self._name)
-        return self.vocabulary.piece(token, special=special)
 
     def generate(
         self,
@@ -125,13 +97,9 @@ class Seq2SeqSession(Writer):
 
         Temperature 0 takes the likeliest token. Raises RuntimeFailed at once if there is nothing to read or too much.
         """
-        ids = checked(tokens, self.n_vocab, self._name)
+        ids = self._admitted(tokens)
         if not len(ids):
             raise RuntimeFailed("there is no token to answer", "give a prompt")
-        if len(ids) > self.n_ctx:
-            raise RuntimeFailed(
-                f"{len(ids)} tokens do not fit in a context of {self.n_ctx}", "shorten the text or raise --ctx-size"
-            )
         sampler = Sampler(Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed))
         self._turn += 1
         return self._run(ids, min(max_tokens, self.n_ctx - 1), sampler, TextStream(stop), self._turn)
@@ -204,10 +172,6 @@ class Seq2SeqSession(Writer):
         if self._pair:
             self._pair.close()
         self._pair = None
-
-    @property
-    def _name(self) -> str:
-        return self.folder.root.name
 
     def _own(self, turn: int) -> Pair:
         if self._pair is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from edgekit.host import Host, detect, usable_cores
 from edgekit.onnx_file import OnnxFile, open_onnx, require_runnable
 from edgekit.ort_library import onnxruntime, wanted
 from edgekit.runtime import Logits, Timings
-from edgekit.runtime._common import Spent, Tokens, Writer, checked, room_for
+from edgekit.runtime._common import Spent, Tokens, room_for
 from edgekit.runtime._ort_batch import Batch
 from edgekit.runtime._ort_cache import Cached, takes_cache
 from edgekit.runtime._ort_encoder import EncoderSession
@@ -29,6 +28,7 @@ from edgekit.runtime._ort_genai import Decoder, Settings
 from edgekit.runtime._ort_pair import takes_states
 from edgekit.runtime._ort_seq2seq import Seq2SeqSession
 from edgekit.runtime._ort_vocabulary import Vocabulary
+from edgekit.runtime._ort_writer import FolderWriter
 from edgekit.runtime._sampling import Sampler, Sampling
 from edgekit.runtime._text import TextStream
 
@@ -47,7 +47,7 @@ DEFAULT_CONTEXT = 4096
 """Tokens of context where neither the caller nor genai_config.json chose a number."""
 
 
-class DecoderSession(Writer):
+class DecoderSession(FolderWriter):
     """A decoder with a context of `n_ctx` tokens: see `edgekit.runtime.Session`.
 
     model.onnx generates; model_all.onnx beside it, over the same weights, gives the logits of every position. One of
@@ -68,29 +68,12 @@ class DecoderSession(Writer):
         self._load_ms = self._decoder.load_ms
 
     @property
-    def n_vocab(self) -> int:
-        return self._facts.n_vocab
-
-    @property
     def n_ctx(self) -> int:
         return self._settings.n_ctx
 
     @property
     def threads(self) -> int:
         return self._settings.threads
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Read when it is first needed: token ids alone need none. Raises UnsupportedVocabulary."""
-        return Vocabulary(self.folder.root, self.folder.config, self._facts.stops)
-
-    @property
-    def bos(self) -> int | None:
-        return self.vocabulary.bos
-
-    @property
-    def add_bos(self) -> bool:
-        return self.vocabulary.add_bos
 
     @property
     def template(self) -> Template | None:
@@ -108,16 +91,6 @@ class DecoderSession(Writer):
     def metadata(self) -> Mapping[str, str]:
         """Scalars of config.json as `config.KEY` and of genai_config.json as `genai.SECTION.KEY`."""
         return _flat(self.folder.config, "config") | _flat(self.folder.genai or {}, "genai")
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        return self.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
-
-    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        return self.vocabulary.detokenize(checked(tokens, self.n_vocab, self._name).tolist(), special=special)
-
-    def piece(self, token: int, *, special: bool = False) -> bytes:
-        checked([token], self.n_vocab, self._name)
-        return self.vocabulary.piece(token, special=special)
 
     def logits_chunks(self, tokens: Sequence[int], *, first: int = 0) -> Iterator[tuple[int, Logits]]:
         """(position of the first row, float32 (m, n_vocab)) for every position from `first` on; m is bounded so that a
@@ -241,13 +214,6 @@ class DecoderSession(Writer):
         if self._decoder:
             self._decoder.close()
         self._decoder = None
-
-    @property
-    def _name(self) -> str:
-        return self.folder.root.name
-
-    def _admitted(self, tokens: Sequence[int]) -> Tokens:
-        return room_for(checked(tokens, self.n_vocab, self._name), self.n_ctx)
 
     def _own(self, turn: int) -> None:
         if self._closed:
